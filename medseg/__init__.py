@@ -1,0 +1,63 @@
+"""Segment 3-D medical images, train the networks that do it, and keep the geometry exact.
+
+The public names are resolved when they are first used, so that importing medseg loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from medseg.errors import MedsegError
+    from medseg.io import load, save
+    from medseg.model.segmenter import Model
+    from medseg.report.metrics import evaluate_folder
+    from medseg.train.dataset import read_dataset
+    from medseg.train.evaluate import evaluate
+    from medseg.train.fingerprint import fingerprint
+    from medseg.train.loop import train_model
+    from medseg.train.planner import make_plan
+    from medseg.volume import Grid, Volume
+
+__all__ = [
+    "Grid",
+    "MedsegError",
+    "Model",
+    "Volume",
+    "evaluate",
+    "evaluate_folder",
+    "fingerprint",
+    "load",
+    "make_plan",
+    "read_dataset",
+    "save",
+    "train_model",
+]
+
+_HOME = {
+    "Grid": "volume",
+    "MedsegError": "errors",
+    "Model": "model.segmenter",
+    "Volume": "volume",
+    "evaluate": "train.evaluate",
+    "evaluate_folder": "report.metrics",
+    "fingerprint": "train.fingerprint",
+    "load": "io",
+    "make_plan": "train.planner",
+    "read_dataset": "train.dataset",
+    "save": "io",
+    "train_model": "train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'medseg' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"medseg.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

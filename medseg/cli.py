@@ -1,0 +1,295 @@
+"""The command line: parse, one library call, print. The only place that prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import medseg
+from medseg.errors import MedsegError, UsageError
+
+if TYPE_CHECKING:
+    from medseg.report.measurements import Measurement
+    from medseg.report.metrics import Scores
+    from medseg.train.loop import TrainProgress
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Segment CT and MRI volumes, train the networks that do it, and keep the geometry exact.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; by default the fastest there is.")]
+Assume = Annotated[
+    str | None,
+    typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
+]
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes one line and an exit code, never a traceback."""
+    warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
+        f"warning: {message}", markup=False, style="yellow"
+    )
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app()
+    except MedsegError as error:
+        _print_error(error, error.path)
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        err.print("medseg: stopped; nothing that was finished is lost")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"medseg {medseg.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Segment CT and MRI volumes, train the networks that do it, and keep the geometry exact."""
+
+
+@app.command()
+def info(path: Path, as_json: AsJson = False, assume_orientation: Assume = None) -> None:
+    """Show grid, spacing, orientation and intensities of a volume, or the series of a DICOM folder."""
+    from medseg.report.describe import describe
+
+    facts = describe(path, assume_orientation=assume_orientation)
+    if as_json:
+        _print_json(facts)
+        return
+    for title, rows in facts.items():
+        if isinstance(rows, list):
+            _print_table(title, rows)
+        else:
+            out.print(f"{title:>14}  {_plain(rows)}", markup=False, highlight=False)
+
+
+@app.command()
+def convert(source: Path, target: Path, assume_orientation: Assume = None) -> None:
+    """Write any readable volume in another format (.nii.gz, .nii, .nrrd, .mha), in the same place."""
+    from medseg.io import load, save
+
+    volume = load(source, assume_orientation=assume_orientation)
+    save(volume, target, source=None if assume_orientation else source)
+
+
+@app.command()
+def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
+    model: Annotated[str, typer.Argument(help="A model folder, or the name of a model that medseg ships.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN",
+            help="A volume, a DICOM series folder, a folder of volumes, or a.nii.gz,b.nii.gz for channels.",
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The label file; for a folder of volumes, a folder.")],
+    roi: Annotated[
+        str | None, typer.Option(help="A box in mm of RAS+ world space: x,y,z,x,y,z. The rest stays 0.")
+    ] = None,
+    step: Annotated[float, typer.Option(help="Distance between tiles as a share of the patch.")] = 0.5,
+    device: Device = None,
+    assume_orientation: Assume = None,
+    as_json: AsJson = False,
+) -> None:
+    """Segment a scan, or each scan of a folder; labels are written on the scan's own grid."""
+    from medseg.model.run import Outcome, segment_file, segment_folder, volume_files
+    from medseg.model.segmenter import Model
+
+    loaded = Model.load(model, device=device)
+    channels = tuple(Path(part) for part in source.split(","))
+    options: dict[str, Any] = {"roi": _box(roi), "step": step, "assume_orientation": assume_orientation}
+    with _progress() as show:
+        options["progress"] = lambda name, done, total: show(name, done / total, "")
+        outcomes: list[Outcome]
+        if len(channels) == 1 and channels[0].is_dir() and volume_files(channels[0]):
+            outcomes = list(segment_folder(loaded, channels[0], target, **options))
+        else:
+            outcomes = [segment_file(loaded, channels[0] if len(channels) == 1 else channels, target, **options)]
+    if as_json:
+        _print_json([outcome.to_dict() for outcome in outcomes])
+    for outcome in outcomes:
+        if outcome.error is not None:
+            _print_error(outcome.error, outcome.source)
+        elif not as_json:
+            _print_measurements(str(outcome.target), outcome.measurements)
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
+    model: Annotated[Path, typer.Argument(help="The model folder to make, or to go on with.")],
+    budget: Annotated[str, typer.Option(help="Training time or steps: 30m, 8h, 20epochs, 500steps.")] = "30m",
+    fold: Annotated[int, typer.Option(help="Which fifth of the cases is kept aside for validation, from 0.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model; started again, it goes on where it was. A plan.json that is in the folder already is followed."""
+    from medseg.train.loop import train_dataset
+
+    with _progress() as show:
+
+        def report(now: TrainProgress) -> None:
+            detail = ""
+            if now.stage == "train":
+                left = _clock(now.seconds_left)
+                detail = f"step {now.step}  loss {now.loss:.3f}  {now.steps_per_s:.2f} steps/s  {left} left"
+            show(now.stage, now.done, detail)
+
+        scores = train_dataset(dataset, model, budget=budget, fold=fold, device=device, progress=report)
+    _show_scores(scores, f"Fold {fold}, validation cases", as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="A folder of label files, or a model folder.")],
+    references: Annotated[Path, typer.Argument(help="A folder of label files of the same names, or a dataset folder.")],
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score label files against references, or a model on a dataset."""
+    if (predictions / "plan.json").is_file():
+        from medseg.model.segmenter import Model
+        from medseg.train.dataset import read_dataset
+        from medseg.train.evaluate import evaluate as evaluate_model
+
+        with _progress() as show:
+            scores = evaluate_model(
+                Model.load(predictions, device=device),
+                read_dataset(references),
+                progress=lambda done, total: show("evaluate", done / total, f"{done} of {total}"),
+            )
+    else:
+        from medseg.report.metrics import evaluate_folder
+
+        scores = evaluate_folder(predictions, references)
+    _show_scores(scores, "Scores", as_json=as_json)
+    for case in scores.failed:
+        err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", markup=False, style="red")
+    if scores.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the image, labels and picture go.")] = Path("demo_out"),
+) -> None:
+    """Segment both hippocampi of the ICBM152 brain, an average of 152 people, and draw them."""
+    from medseg.demo import run_demo
+
+    measurements = run_demo(folder, progress=lambda text: err.print(text, highlight=False))
+    _print_measurements("Hippocampi of the ICBM152 template", measurements)
+    out.print(
+        f"Look at {folder / 'overlay.png'}; the labels are {folder / 'labels.nii.gz'}.", highlight=False, soft_wrap=True
+    )
+
+
+def _box(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 6:
+        raise UsageError(f"A box is six numbers in mm, x,y,z of two opposite corners; not {text!r}.")
+    return numbers[:3], numbers[3:]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float, str], None]]:
+    """Give a function (stage, share done, detail) that moves a bar on standard error, if that is a terminal."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal) as bar:
+        stages: dict[str, TaskID] = {}
+
+        def show(stage: str, done: float, detail: str) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=1.0, detail="")
+            bar.update(stages[stage], completed=done, detail=detail)
+
+        yield show
+
+
+def _print_error(error: MedsegError, path: object) -> None:
+    place = "" if path is None else f"{path}: "
+    err.print(f"medseg: {place}{error}", markup=False, highlight=False, style="red", soft_wrap=True)
+
+
+def _print_json(content: object) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_plain(row.get(column, "")) for column in columns))
+    out.print(table, markup=False)
+
+
+def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
+    _print_table(title, [{"label": row.value, "name": row.name, "volume_ml": row.volume_ml} for row in measurements])
+
+
+def _show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
+    content = scores.to_dict()
+    if as_json:
+        _print_json(content)
+        return
+    keys = ("dice", "iou", "precision", "recall", "volume_difference_ml")
+    rows = [{"label": row["name"], **{key: row[key] for key in keys}} for row in content["labels"]]
+    _print_table(
+        f"{title}: {len(scores.cases)} cases", [*rows, {"label": "mean", **{key: content["mean"][key] for key in keys}}]
+    )
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return " x ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
+    return "" if value is None else str(value)
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

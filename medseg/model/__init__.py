@@ -1,0 +1,1 @@
+"""Models: their plan and networks, and the sliding window that runs them."""

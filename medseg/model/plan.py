@@ -1,0 +1,118 @@
+"""plan.json: every decision that running a model needs, and nothing that names a class or a path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medseg.errors import ModelError
+from medseg.io.files import written_whole
+from medseg.labels import Label
+from medseg.process.normalize import Normalization
+
+Triple = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Channel(BaseModel):
+    """One input image: its name ("T1", "CT") and how its intensities are normalized."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    normalization: Normalization
+
+
+class Network(BaseModel):
+    """A U-Net: features, kernel sizes and strides of each resolution from the finest down (its stride is 1, 1, 1).
+
+    `heads` counts the lower resolutions that give an output of their own in training (deep supervision).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["unet"] = "unet"
+    features: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=3)
+    kernels: tuple[Triple, ...]
+    strides: tuple[Triple, ...]
+    heads: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Network:
+        levels = len(self.features)
+        if len(self.kernels) != levels or len(self.strides) != levels or self.heads > levels - 2:
+            raise ValueError(
+                "features, kernels and strides need one entry per resolution, and heads at most levels - 2"
+            )
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge of a patch must be divisible: the product of the strides along it."""
+        product = [1, 1, 1]
+        for stride in self.strides:
+            product = [a * b for a, b in zip(product, stride, strict=True)]
+        return product[0], product[1], product[2]
+
+
+class Plan(BaseModel):
+    """What a model decides about an image before its network sees it, and what its outputs mean.
+
+    An image is reoriented to `orientation`, resampled to `spacing_mm` with splines of `order`, normalized per channel
+    and cut into tiles of `patch` voxels. The network's output 0 is background, output n the n-th label of the table.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: str
+    channels: tuple[Channel, ...] = Field(min_length=1)
+    labels: tuple[Label, ...] = Field(min_length=1)
+    orientation: str = Field(default="RAS", pattern="^[RLAPSI]{3}$")
+    spacing_mm: tuple[Length, Length, Length]
+    patch: Triple
+    order: Literal[1, 3] = 3
+    network: Network
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Plan:
+        if any(edge % divisor for edge, divisor in zip(self.patch, self.network.divisor, strict=True)):
+            raise ValueError(
+                f"the patch {self.patch} must be divisible by the network's strides {self.network.divisor}"
+            )
+        values = [label.value for label in self.labels]
+        if values != sorted(set(values)):
+            raise ValueError("labels must be listed by ascending value, each value once")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the network puts out: background and one for each label."""
+        return len(self.labels) + 1
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        with written_whole(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Return the plan in a JSON file. Raises ModelError that names the field that is missing, unknown or wrong."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ModelError("The plan cannot be read: a model folder needs a file plan.json.", path=path) from error
+        except ValidationError as error:
+            raise ModelError(f"The plan is not valid: {first_problem(error)}.", path=path, reason="plan") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return where the first problem of a validation lies and what it is, on one line, without the input's values."""
+    details: Sequence[Any] = error.errors(include_input=False, include_url=False)
+    place = ".".join(str(part) for part in details[0]["loc"]) or "the file"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{place}: {details[0]['msg']}{more}"

@@ -1,0 +1,1 @@
+"""Volume to volume: resampling, normalization and the arithmetic of patches."""

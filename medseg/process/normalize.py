@@ -1,0 +1,72 @@
+"""Intensities brought to the scale that a network was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+SMALLEST_STD = 1e-8
+"""A constant image has no spread to divide by; it becomes 0 throughout."""
+
+
+class CTNormalization(BaseModel):
+    """Clip to two intensities of the training set, then subtract its mean and divide by its standard deviation.
+
+    CT numbers mean the same in every scan, so one set of numbers, taken over the labelled voxels of the training set,
+    serves all (Isensee et al., "nnU-Net", Nature Methods 2021, supplementary note 2).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["ct"] = "ct"
+    lower: float
+    upper: float
+    mean: float
+    std: float = Field(gt=0)
+
+
+class ZScore(BaseModel):
+    """Subtract the image's own mean and divide by its own standard deviation; `nonzero`: of the voxels that are not 0.
+
+    With `nonzero`, voxels that are 0 in the image stay 0: the air around a brain that was stripped of its skull.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["zscore"] = "zscore"
+    nonzero: bool = False
+
+
+Normalization = Annotated[CTNormalization | ZScore, Field(discriminator="kind")]
+
+
+def normalize(
+    array: NDArray[np.float32], schemes: Sequence[CTNormalization | ZScore], mask: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
+    """Return float32 channels (C, I, J, K), each normalized by its scheme; `mask` (I, J, K): where the image is not 0.
+
+    The mask is needed by ZScore(nonzero=True) alone, and by default is taken from the array itself.
+    """
+    result = np.empty_like(array)
+    for channel, scheme, out in zip(array, schemes, result, strict=True):
+        if isinstance(scheme, CTNormalization):
+            np.clip(channel, scheme.lower, scheme.upper, out=out)
+            np.subtract(out, scheme.mean, out=out)
+            np.divide(out, scheme.std, out=out)
+        elif scheme.nonzero:
+            inside = channel != 0 if mask is None else mask
+            values = channel[inside] if inside.any() else np.zeros(1, np.float32)
+            out[...] = np.where(inside, _standardized(channel, values), 0)
+        else:
+            out[...] = _standardized(channel, channel)
+    return result
+
+
+def _standardized(channel: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean = values.mean(dtype=np.float64)
+    std = values.std(dtype=np.float64)
+    return np.asarray((channel - mean) / max(std, SMALLEST_STD), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""From a dataset to a model: facts, plan, prepared cases, patches, loss, loop."""

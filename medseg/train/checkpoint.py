@@ -1,0 +1,74 @@
+"""The state of a training that was interrupted: tensors and numbers in one safetensors file, no pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from medseg.errors import ModelError
+from medseg.io.files import written_whole
+from medseg.model.segmenter import load_state, state_of
+
+
+@dataclass
+class TrainState:
+    """Everything that a training needs to go on where it was."""
+
+    network: nn.Module
+    average: nn.Module
+    optimizer: Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, path: Path, recipe: str) -> None:
+        """Write the state, whole or not at all. `recipe` is what must be the same for the training to go on."""
+        tensors = {f"network.{name}": tensor for name, tensor in state_of(self.network).items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in state_of(self.average).items()}
+        for place, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{name}": tensor.cpu().contiguous() for name, tensor in entry.items()}
+        numbers = {"step": self.step, "seconds": self.seconds, "history": self.history, "recipe": recipe}
+        with written_whole(path) as beside:
+            beside.write_bytes(serialize(tensors, {"state": json.dumps(numbers)}))
+
+    def load(self, path: Path, recipe: str) -> None:
+        """Take over the state in a file. Raises ModelError where it is damaged or of another recipe."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                numbers = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                "The checkpoint cannot be read. Delete it to begin this fold anew.", path=path, reason="checkpoint"
+            ) from error
+        if numbers["recipe"] != recipe:
+            raise ModelError(
+                "The checkpoint was made with another plan, dataset, budget or settings than these. Use those again, "
+                "train into another folder, or delete the checkpoint to begin this fold anew.",
+                path=path,
+                reason="checkpoint",
+            )
+        load_state(self.network, _below("network.", tensors), path=path)
+        load_state(self.average, _below("average.", tensors), path=path)
+        self._load_optimizer(_below("optimizer.", tensors))
+        self.step, self.seconds, self.history = numbers["step"], numbers["seconds"], numbers["history"]
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            place, name = key.split(".", 1)
+            entries.setdefault(int(place), {})[name] = tensor
+        content: dict[str, Any] = self.optimizer.state_dict()
+        content["state"] = entries
+        self.optimizer.load_state_dict(content)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

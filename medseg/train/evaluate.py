@@ -1,0 +1,27 @@
+"""A model scored on labelled cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from medseg.model.segmenter import Model
+from medseg.report.metrics import CaseScores, Scores, compare_labels
+from medseg.train.dataset import Case
+from medseg.train.fingerprint import read_case
+
+Progress = Callable[[int, int], None]
+
+
+def evaluate(model: Model, cases: Iterable[Case], *, progress: Progress | None = None) -> Scores:
+    """Return the scores of a model's label maps against the cases' own, each case segmented whole on its own grid.
+
+    Raises what reading or segmenting a case raises.
+    """
+    listed = list(cases)
+    scored = []
+    for done, case in enumerate(listed, start=1):
+        image, reference = read_case(case)
+        scored.append(CaseScores(case.name, tuple(compare_labels(model.segment(image), reference, model.plan.labels))))
+        if progress:
+            progress(done, len(listed))
+    return Scores(tuple(scored))

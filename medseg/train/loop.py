@@ -1,0 +1,303 @@
+"""Training, from a plan to a model folder."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medseg.errors import ModelError, OutputError
+from medseg.io.files import written_whole
+from medseg.model.networks import build_network
+from medseg.model.plan import Plan
+from medseg.model.segmenter import Model, pick_device, save_weights
+from medseg.report.metrics import Scores
+from medseg.train.augment import change_intensities
+from medseg.train.cache import prepare_cases
+from medseg.train.card import write_card
+from medseg.train.checkpoint import TrainState
+from medseg.train.dataset import Case, Dataset, read_dataset
+from medseg.train.evaluate import evaluate
+from medseg.train.fingerprint import fingerprint
+from medseg.train.loss import deep_dice_ce
+from medseg.train.planner import make_plan
+from medseg.train.sampler import Sampler
+from medseg.train.settings import Budget, TrainSettings
+
+HISTORY_STEPS = 50
+"""Steps that one line of the history sums up."""
+
+
+CHECKPOINT_S = 60.0
+"""Seconds between two checkpoints: the work that a crash can cost."""
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Where a training is: its stage ("look", "prepare", "train", "validate"), the share done, the numbers of now."""
+
+    stage: str
+    done: float
+    step: int = 0
+    loss: float = math.nan
+    steps_per_s: float = math.nan
+    seconds_left: float = math.nan
+
+
+Progress = Callable[[TrainProgress], None]
+
+
+def train_dataset(
+    dataset: str | PathLike[str],
+    folder: str | PathLike[str],
+    *,
+    budget: str = "30m",
+    fold: int = 0,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Return the validation scores of one fold of a dataset folder, planned and trained into `folder`.
+
+    A plan.json or train.json that is in the folder is followed: edit them to decide otherwise.
+    Raises what `read_dataset`, `fingerprint` and `train_model` raise.
+    """
+    where = Path(folder)
+    cases = read_dataset(dataset)
+    plan_file, settings_file = where / "plan.json", where / "train.json"
+    if not plan_file.is_file():
+        facts = fingerprint(cases, progress=_in_stage("look", progress))
+        _make_folder(where)
+        facts.save(where / "fingerprint.json")
+        make_plan(facts).save(plan_file)
+    settings = TrainSettings.load(settings_file) if settings_file.is_file() else None
+    plan = Plan.load(plan_file)
+    model = train_model(
+        cases, plan, where, budget=budget, fold=fold, settings=settings, device=device, progress=progress
+    )
+    return validate_fold(model, cases, where, fold=fold, progress=progress)
+
+
+def train_model(  # noqa: PLR0913 - each is a decision of the user's
+    dataset: Dataset,
+    plan: Plan,
+    folder: str | PathLike[str],
+    *,
+    budget: str = "30m",
+    fold: int = 0,
+    settings: TrainSettings | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Return a model trained on one fold of a dataset and write it to `folder`; go on where an earlier run stopped.
+
+    `budget` is a time ("30m", "8h": of training itself, not of preparing or being switched off) or a number of steps
+    ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors and fold_N.history.csv;
+    a fold whose weights are there is not trained again.
+    Raises ModelError where the folder holds another plan or the training diverges, and what reading a case raises.
+    """
+    settings = settings or TrainSettings()
+    limit = Budget.parse(budget)
+    where = Path(folder)
+    training, _ = dataset.fold(fold, settings.folds)
+    _claim_folder(where, plan, settings)
+    weights, checkpoint = where / f"fold_{fold}.safetensors", where / f"fold_{fold}.checkpoint"
+    if not weights.is_file():
+        state = new_state(plan, settings, pick_device(device))
+        recipe = _recipe(plan, settings, limit, training)
+        if checkpoint.is_file():
+            state.load(checkpoint, recipe)
+        prepared = prepare_cases(training, plan, where / "cache", progress=_in_stage("prepare", progress))
+        sampler = Sampler(prepared, plan, settings.seed, settings.foreground, mirror_axes(plan, settings))
+        _train(
+            state, optimize(state, sampler, settings, limit), limit, lambda: state.save(checkpoint, recipe), progress
+        )
+        _write_history(state.history, where / f"fold_{fold}.history.csv")
+        save_weights(state.average, weights)
+        checkpoint.unlink(missing_ok=True)
+    # The other folds of the folder have seen the cases that this one is validated on.
+    return Model.load(where, device=device, folds=(fold,))
+
+
+def validate_fold(
+    model: Model, dataset: Dataset, folder: str | PathLike[str], *, fold: int = 0, progress: Progress | None = None
+) -> Scores:
+    """Return the scores on the cases that a fold kept aside; write fold_N.scores.json and, if new, MODEL_CARD.md.
+
+    Raises ModelError where the folder has no such fold, and what `evaluate` raises.
+    """
+    where = Path(folder)
+    settings = TrainSettings.load(where / "train.json")
+    _, validation = dataset.fold(fold, settings.folds)
+    scores = evaluate(model, validation, progress=_in_stage("validate", progress))
+    with written_whole(where / f"fold_{fold}.scores.json") as beside:
+        beside.write_text(json.dumps(scores.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_card(where, model.plan, dataset.name, len(dataset))
+    return scores
+
+
+def new_state(plan: Plan, settings: TrainSettings, device: torch.device) -> TrainState:
+    """Return an untrained network, made from the seed, with its running average and optimizer."""
+    torch.manual_seed(settings.seed)
+    network = build_network(plan.network, len(plan.channels), plan.outputs).to(device).train()
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
+    )
+    return TrainState(network, copy.deepcopy(network), optimizer)
+
+
+def optimize(state: TrainState, sampler: Sampler, settings: TrainSettings, budget: Budget) -> Iterator[float]:
+    """Yield the loss of each step until the budget is spent; `state` is updated in place before each yield.
+
+    Time between the steps counts, so that a time budget is one of wall clock while the training runs.
+    Raises ModelError where the loss is no longer a number.
+    """
+    clock = time.monotonic()
+    for images, target in _batches(sampler, settings.batch, state):
+        done = budget.spent(state.step, state.seconds)
+        if done >= 1:
+            return
+        for group in state.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule(done, settings.warmup)
+        loss = _step(state, settings, images, target)
+        state.step += 1
+        state.seconds += time.monotonic() - clock
+        clock = time.monotonic()
+        yield loss
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Return the learning rate as a share of its highest when `done` of the budget is spent: rise, then cosine."""
+    if done < warmup:
+        return max(done, 1e-3) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def mirror_axes(plan: Plan, settings: TrainSettings) -> tuple[int, ...]:
+    """Return the axes that patches may be flipped along: those asked for, else left-right where no label has a side."""
+    if settings.mirror_axes is not None:
+        return settings.mirror_axes
+    if any(side in label.name.lower() for label in plan.labels for side in ("left", "right")):
+        return ()
+    return tuple(axis for axis, letter in enumerate(plan.orientation) if letter in "LR")
+
+
+def _train(
+    state: TrainState, losses: Iterator[float], budget: Budget, save: Callable[[], None], progress: Progress | None
+) -> None:
+    """Run the training: history, progress, and a checkpoint each minute, at the end, and when it is interrupted."""
+    saved = time.monotonic()
+    recent: list[float] = []
+    began_step, began_seconds = state.step, state.seconds
+    try:
+        for loss in losses:
+            recent = [*recent[1 - HISTORY_STEPS :], loss]
+            done = budget.spent(state.step, state.seconds)
+            speed = (state.step - began_step) / max(1e-9, state.seconds - began_seconds)
+            mean = sum(recent) / len(recent)
+            left = state.seconds * (1 - done) / max(done, 1e-9)
+            if progress:
+                progress(TrainProgress("train", min(1.0, done), state.step, mean, speed, max(0.0, left)))
+            if state.step % HISTORY_STEPS == 0:
+                rate = float(state.optimizer.param_groups[0]["lr"])
+                state.history.append(
+                    {
+                        "step": state.step,
+                        "seconds": state.seconds,
+                        "loss": mean,
+                        "learning_rate": rate,
+                        "steps_per_s": speed,
+                    }
+                )
+            if time.monotonic() - saved > CHECKPOINT_S:
+                save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        save()
+        raise
+    save()
+
+
+def _step(state: TrainState, settings: TrainSettings, images: Tensor, target: Tensor) -> float:
+    device = next(state.network.parameters()).device
+    random = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
+    images = change_intensities(images.to(device), random)
+    loss = deep_dice_ce(state.network(images), target.to(device))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ModelError(
+            f"The training diverged: the loss is {value} at step {state.step}. Try a lower learning rate.",
+            reason="diverged",
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_norm)
+    state.optimizer.step()
+    decay = min(settings.ema, (1 + state.step) / (10 + state.step))
+    with torch.no_grad():
+        for mean, weight in zip(state.average.parameters(), state.network.parameters(), strict=True):
+            mean.lerp_(weight, 1 - decay)
+    return value
+
+
+def _batches(sampler: Sampler, size: int, state: TrainState) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches from the state's step on, each drawn while the one before is trained on."""
+    with ThreadPoolExecutor(1) as pool:
+        step = state.step
+        drawn = pool.submit(sampler.batch, step, size)
+        while True:
+            batch = drawn.result()
+            step += 1
+            drawn = pool.submit(sampler.batch, step, size)
+            yield batch
+
+
+def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
+    _make_folder(where)
+    for name, content in (("plan.json", plan), ("train.json", settings)):
+        file = where / name
+        if not file.is_file():
+            content.save(file)
+        elif type(content).load(file) != content:
+            raise ModelError(
+                f"The folder holds a model with another {name}. Train into another folder, or delete this one.",
+                path=file,
+            )
+
+
+def _recipe(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case]) -> str:
+    parts = (
+        plan.model_dump_json(),
+        settings.model_dump_json(),
+        budget.model_dump_json(),
+        *(case.name for case in cases),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _make_folder(where: Path) -> None:
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The model folder cannot be made: {error.strerror}.", path=where) from error
+
+
+def _in_stage(stage: str, progress: Progress | None) -> Callable[[int, int], None]:
+    return lambda done, total: progress(TrainProgress(stage, done / total)) if progress else None
+
+
+def _write_history(history: Sequence[dict[str, float]], path: Path) -> None:
+    with written_whole(path) as beside, beside.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["step", "seconds", "loss", "learning_rate", "steps_per_s"])
+        writer.writeheader()
+        writer.writerows(history)

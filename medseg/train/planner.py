@@ -1,0 +1,131 @@
+"""From a fingerprint to a plan: one short rule for each decision.
+
+Kinds of rules, after Isensee et al., "nnU-Net", Nature Methods 2021: *fixed* (the same for all data), *rule-based*
+(derived from the fingerprint), *empirical* (found by trying).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medseg.model.plan import Channel, Network, Plan, Triple
+from medseg.process.normalize import CTNormalization, ZScore
+from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
+
+ANISOTROPY = 3.0
+"""Voxels longer than this along one axis than along the others call for rules of their own."""
+
+SMALLEST_MAP = 4
+"""Voxels that the coarsest feature map keeps along each axis."""
+
+PATCH_VOXELS = 2**18
+"""Voxels of a patch at most, 64³: what two cores train on at about one step a second."""
+
+FIRST_FEATURES, MOST_FEATURES = 16, 256
+
+Numbers = tuple[float, float, float]
+
+
+def make_plan(fingerprint: Fingerprint) -> Plan:
+    """Return the plan for a dataset: spacing, patch, network and normalization, each by its rule."""
+    spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
+    shape = median_shape(fingerprint.cases, spacing)
+    kernels, strides = topology(first_patch(shape, spacing), spacing)
+    divisor = np.prod(strides, axis=0)
+    patch = [int(-(-edge // by) * by) for edge, by in zip(first_patch(shape, spacing), divisor, strict=True)]
+    nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
+    features = tuple(min(MOST_FEATURES, FIRST_FEATURES * 2**level) for level in range(len(strides)))
+    return Plan(
+        name=fingerprint.name,
+        channels=tuple(
+            Channel(name=name, normalization=normalization(name, numbers, nonzero))
+            for name, numbers in zip(fingerprint.channels, fingerprint.intensities, strict=True)
+        ),
+        labels=fingerprint.labels,
+        spacing_mm=spacing,
+        patch=(patch[0], patch[1], patch[2]),
+        network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
+    )
+
+
+def target_spacing(spacings_mm: Sequence[Numbers]) -> Numbers:
+    """Return the spacing to train at, in mm: the median of each axis; a fine tenth of a very coarse one.
+
+    Rule-based (nnU-Net, supplementary note 2): where one axis is more than three times as coarse as the others, its
+    tenth percentile, so that the finer scans are not blurred to the level of the coarser ones.
+    """
+    table = np.asarray(spacings_mm)
+    target = np.median(table, axis=0)
+    worst = int(target.argmax())
+    others = np.delete(target, worst).max()
+    if target[worst] > ANISOTROPY * others:
+        target[worst] = max(float(np.percentile(table[:, worst], 10)), float(others))
+    return float(target[0]), float(target[1]), float(target[2])
+
+
+def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers) -> Triple:
+    """Return the median shape of the cases in voxels of `spacing_mm`. Rule-based."""
+    extents = [np.asarray(case.shape) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm) for case in cases]
+    i, j, k = np.maximum(1, np.round(np.median(extents, axis=0))).astype(int).tolist()
+    return i, j, k
+
+
+def first_patch(shape: Triple, spacing_mm: Numbers) -> Triple:
+    """Return the largest patch that is as wide in mm along every axis, fits the median case and PATCH_VOXELS.
+
+    Rule-based (nnU-Net, supplementary note 2): an even view in mm; an axis that the case ends sooner leaves room to
+    the others.
+    """
+    edges = np.asarray(shape, dtype=np.float64)
+    per_mm = 1 / np.asarray(spacing_mm)
+    # Bisection over the width in mm: the voxel count of the clipped box grows with it.
+    low, high = 0.0, float((edges / per_mm).max())
+    for _ in range(50):
+        width = (low + high) / 2
+        if np.prod(np.minimum(edges, width * per_mm)) > PATCH_VOXELS:
+            high = width
+        else:
+            low = width
+    i, j, k = np.maximum(1, np.floor(np.minimum(edges, high * per_mm) + 1e-6)).astype(int).tolist()
+    return i, j, k
+
+
+def topology(patch: Triple, spacing_mm: Numbers) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+    """Return the (kernels, strides) of each resolution, finest first; at least three resolutions.
+
+    Rule-based (nnU-Net, supplementary note 2): an axis is halved while it keeps SMALLEST_MAP voxels and is not yet
+    twice as coarse as the finest; it is convolved once it is no more than twice as coarse.
+    """
+    size, spacing = list(patch), list(spacing_mm)
+    kernels: list[Triple] = []
+    strides: list[Triple] = [(1, 1, 1)]
+    while True:
+        finest = min(spacing)
+        kernels.append(_triple([3 if length < 2 * finest else 1 for length in spacing]))
+        able = [edge >= 2 * SMALLEST_MAP for edge in size]
+        floor = min((length for length, ok in zip(spacing, able, strict=True) if ok), default=0.0)
+        stride = [2 if ok and length < 2 * floor else 1 for ok, length in zip(able, spacing, strict=True)]
+        if max(stride) == 1 and len(strides) >= 3:
+            break
+        strides.append(_triple(stride))
+        size = [-(-edge // by) for edge, by in zip(size, stride, strict=True)]
+        spacing = [length * by for length, by in zip(spacing, stride, strict=True)]
+    return tuple(kernels), tuple(strides)
+
+
+def normalization(channel: str, numbers: Intensities, nonzero: float) -> CTNormalization | ZScore:
+    """Return how a channel is normalized: CT by the dataset's numbers, all else by its own.
+
+    Rule-based: statistics are taken inside the image where more than a quarter of it is 0 (a stripped skull).
+    """
+    if channel.casefold() == "ct":
+        std = max(numbers.std, 1e-6)
+        return CTNormalization(lower=numbers.percentile_00_5, upper=numbers.percentile_99_5, mean=numbers.mean, std=std)
+    return ZScore(nonzero=nonzero < 0.75)
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    i, j, k = values
+    return i, j, k

@@ -1,0 +1,114 @@
+"""Training patches, each a function of (seed, step, sample) alone: never of what ran before or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import grid_sample
+
+from medseg.model.plan import Plan
+from medseg.train.cache import Prepared
+
+ROTATION_SHARE, ROTATION_DEGREES = 0.3, 30.0
+SCALING_SHARE, SCALING_RANGE = 0.3, (0.7, 1.4)
+"""How often a patch is turned about each axis, and scaled, and by how much; ranges as in nnU-Net, more often."""
+
+Generator = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws patches of the plan's size from prepared cases."""
+
+    cases: Sequence[Prepared]
+    plan: Plan
+    seed: int
+    foreground: float
+    mirror_axes: tuple[int, ...]
+
+    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the images (B, C, I, J, K) and targets (B, 1, I, J, K) of a step."""
+        pairs = [self.patch(step, sample) for sample in range(size)]
+        return torch.stack([image for image, _ in pairs]), torch.stack([target for _, target in pairs])
+
+    def patch(self, step: int, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one image (C, I, J, K) and its target (1, I, J, K), turned, scaled and mirrored at random."""
+        random = np.random.default_rng([self.seed, step, sample])
+        case = self.cases[int(random.integers(len(self.cases)))]
+        center = self._center(case, random)
+        matrix = self._warp(random)
+        patch = np.asarray(self.plan.patch)
+        # What the turned patch touches, with a voxel to spare for interpolation.
+        reach = np.ceil(np.abs(matrix) @ ((patch - 1) / 2) + 1).astype(int)
+        start = np.floor(center).astype(int) - reach
+        stop = np.ceil(center).astype(int) + reach + 1
+        image = torch.from_numpy(_cut(case.image, start, stop))
+        target = torch.from_numpy(_cut(case.target[None], start, stop).astype(np.float32))
+        grid = _sampling_grid(matrix, center - start, patch, stop - start)
+        image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
+        target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
+        return image, target.long()
+
+    def _center(self, case: Prepared, random: Generator) -> NDArray[np.float64]:
+        size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
+        # A patch stays inside the image; where it is larger, the image stays inside the patch.
+        low, high = np.minimum(0, size - patch), np.maximum(0, size - patch)
+        if case.places and random.random() < self.foreground:
+            voxels = case.places[random.choice(list(case.places))]
+            start = np.clip(voxels[random.integers(len(voxels))] - patch // 2, low, high)
+        else:
+            start = random.integers(low, high + 1)
+        return np.asarray(start + (patch - 1) / 2)
+
+    def _warp(self, random: Generator) -> NDArray[np.float64]:
+        matrix = np.eye(3)
+        for axis in range(3):
+            if random.random() < ROTATION_SHARE:
+                matrix = matrix @ _rotation(axis, np.deg2rad(random.uniform(-ROTATION_DEGREES, ROTATION_DEGREES)))
+        if random.random() < SCALING_SHARE:
+            matrix = matrix * random.uniform(*SCALING_RANGE)
+        for axis in self.mirror_axes:
+            if random.random() < 0.5:
+                matrix[:, axis] = -matrix[:, axis]
+        spacing = np.asarray(self.plan.spacing_mm)
+        return np.asarray(matrix * spacing / spacing[:, None])  # turned in mm, not in voxels
+
+
+def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
+    matrix = np.eye(3)
+    a, b = (axis + 1) % 3, (axis + 2) % 3
+    matrix[a, a] = matrix[b, b] = np.cos(angle)
+    matrix[a, b], matrix[b, a] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+def _cut(array: NDArray[np.generic], start: NDArray[np.int_], stop: NDArray[np.int_]) -> NDArray[np.generic]:
+    """Return (C, I, J, K) from start to stop, 0 where that leaves the array."""
+    size = np.asarray(array.shape[1:])
+    first, last = np.clip(start, 0, size), np.clip(stop, 0, size)
+    result = np.zeros((len(array), *(stop - start)), array.dtype)
+    inner = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
+    result[(slice(None), *inner)] = array[(slice(None), *(slice(a, b) for a, b in zip(first, last, strict=True)))]
+    return result
+
+
+def _sampling_grid(
+    matrix: NDArray[np.float64], center: NDArray[np.float64], patch: NDArray[np.int_], size: NDArray[np.int_]
+) -> torch.Tensor:
+    # grid_sample counts each axis from -1 to 1 between the outer voxel centres, and names the last axis first.
+    scale = 2 / (size - 1)
+    offset = center * scale - 1
+    rows = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in patch.tolist()]
+    steps = torch.from_numpy((matrix * scale[:, None]).astype(np.float32))
+    parts = [
+        steps[axis, 0] * rows[0][:, None, None]
+        + steps[axis, 1] * rows[1][:, None]
+        + steps[axis, 2] * rows[2]
+        + offset[axis]
+        for axis in (2, 1, 0)
+    ]
+    return torch.stack(parts, dim=-1)[None].float()

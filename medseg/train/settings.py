@@ -1,0 +1,83 @@
+"""How a training runs: its budget and the numbers of its recipe. Kept in train.json beside the plan."""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medseg.errors import ModelError, UsageError
+from medseg.io.files import written_whole
+from medseg.model.plan import first_problem
+
+STEPS_PER_EPOCH = 250
+"""What an epoch means here, as in nnU-Net: a fixed number of steps, whatever the size of the dataset."""
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Budget(BaseModel):
+    """How long to train: seconds of training time, or steps. Exactly one of the two."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Return the budget in "30m", "8h", "90s", "20epochs" or "500steps". Raises UsageError for other words."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|h|steps?|epochs?)", text.strip())
+        if not match or float(match[1]) <= 0:
+            raise UsageError(
+                f"A budget is a time or a number of steps, such as 30m, 8h, 20epochs or 500steps; not {text!r}."
+            )
+        amount, unit = float(match[1]), match[2]
+        if unit in _UNITS:
+            return cls(seconds=amount * _UNITS[unit])
+        return cls(steps=max(1, round(amount * (STEPS_PER_EPOCH if unit.startswith("epoch") else 1))))
+
+    def spent(self, step: int, seconds: float) -> float:
+        """Return the share of the budget that is used up after `step` steps and `seconds` of training."""
+        return step / self.steps if self.steps else seconds / (self.seconds or 1.0)
+
+
+class TrainSettings(BaseModel):
+    """The recipe. Defaults are what the shipped models were trained with.
+
+    `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
+    `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
+    patches that are centered on a labelled voxel. `mirror_axes` are array axes in RAS that may be flipped; by default
+    left-right, unless a label is named for a side.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    gradient_norm: float = Field(default=12.0, gt=0)
+    foreground: float = Field(default=0.5, ge=0, le=1)
+    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = None
+    folds: int = Field(default=5, ge=2)
+    seed: int = Field(default=12345, ge=0)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the settings as JSON, whole or not at all."""
+        with written_whole(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> TrainSettings:
+        """Return the settings in a JSON file. Raises ModelError that names the field that is unknown or wrong."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ModelError("The training settings cannot be read.", path=path) from error
+        except ValidationError as error:
+            raise ModelError(f"The training settings are not valid: {first_problem(error)}.", path=path) from error

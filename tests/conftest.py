@@ -1,0 +1,63 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medseg.volume import Grid, Volume
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--realdata", metavar="DIR", help="folder of the real scans that tests marked `realdata` read")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked `slow`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture
+def realdata(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--realdata")
+    if folder is None:
+        pytest.skip("reads real scans that are not part of the project; pass their folder with --realdata DIR")
+    return Path(folder).resolve()
+
+
+def rotation(degrees: tuple[float, float, float]) -> np.ndarray:
+    """Return the rotation about x, then y, then z."""
+    result = np.eye(3)
+    for axis, angle in enumerate(np.deg2rad(degrees)):
+        turn = np.eye(3)
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        result = turn @ result
+    return result
+
+
+def make_grid(kind: str, shape: tuple[int, int, int] = (7, 9, 5)) -> Grid:
+    """Return a grid of 0.9 x 1.1 x 2.5 mm voxels, stored as RAS, LAS, LPS or PIR, or turned away from the axes."""
+    affine = np.diag([0.9, 1.1, 2.5, 1.0])
+    affine[:3, 3] = (-12.25, 31.5, 7.75)
+    if kind == "oblique":
+        affine[:3, :3] = rotation((11, -23, 37)) @ affine[:3, :3]
+        return Grid(shape, affine)
+    return Grid(shape, affine).reoriented(kind)
+
+
+@pytest.fixture(params=["RAS", "LAS", "LPS", "PIR", "oblique"])
+def grid(request: pytest.FixtureRequest) -> Grid:
+    return make_grid(request.param)
+
+
+@pytest.fixture
+def volume(grid: Grid) -> Volume:
+    voxels = np.random.default_rng(7).integers(-1000, 1000, size=(1, *grid.shape)).astype(np.int16)
+    return Volume(voxels, grid)
