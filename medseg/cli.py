@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from medseg.report.metrics import Scores
     from medseg.train.loop import TrainProgress
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 app = typer.Typer(
     help="Segment CT and MRI volumes, train the networks that do it, and keep the geometry exact.",
@@ -54,9 +54,6 @@ def main() -> None:
     except MedsegError as error:
         _print_error(error, error.path)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        err.print("medseg: stopped; nothing that was finished is lost")
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _version(wanted: bool) -> None:
@@ -82,12 +79,11 @@ def info(path: Path, as_json: AsJson = False, assume_orientation: Assume = None)
     facts = describe(path, assume_orientation=assume_orientation)
     if as_json:
         _print_json(facts)
-        return
-    for title, rows in facts.items():
-        if isinstance(rows, list):
-            _print_table(title, rows)
-        else:
-            out.print(f"{title:>14}  {_plain(rows)}", markup=False, highlight=False)
+    elif "series" in facts:
+        _print_series(facts["series"])
+    else:
+        for name, value in facts.items():
+            out.print(f"{name:>14}  {_plain(value)}", markup=False, highlight=False)
 
 
 @app.command()
@@ -148,7 +144,8 @@ def train(
     dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
     model: Annotated[Path, typer.Argument(help="The model folder to make, or to go on with.")],
     budget: Annotated[str, typer.Option(help="Training time or steps: 30m, 8h, 20epochs, 500steps.")] = "30m",
-    fold: Annotated[int, typer.Option(help="Which fifth of the cases is kept aside for validation, from 0.")] = 0,
+    fold: Annotated[int, typer.Option(help="Which part of the cases is kept aside for validation, from 0.")] = 0,
+    folds: Annotated[int, typer.Option(help="How many parts there are.", min=2)] = 5,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,7 +161,7 @@ def train(
                 detail = f"step {now.step}  loss {now.loss:.3f}  {now.steps_per_s:.2f} steps/s  {left} left"
             show(now.stage, now.done, detail)
 
-        scores = train_dataset(dataset, model, budget=budget, fold=fold, device=device, progress=report)
+        scores = train_dataset(dataset, model, budget=budget, fold=fold, folds=folds, device=device, progress=report)
     _show_scores(scores, f"Fold {fold}, validation cases", as_json=as_json)
 
 
@@ -262,6 +259,18 @@ def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_plain(row.get(column, "")) for column in columns))
     out.print(table, markup=False)
+
+
+def _print_series(series: Sequence[dict[str, Any]]) -> None:
+    columns = ("modality", "description", "slices", "spacing_mm", "orientation")
+    rows = [
+        {"": place, **{column: one.get(column) for column in columns}, "verdict": one["verdict"]}
+        for place, one in enumerate(series, start=1)
+    ]
+    _print_table(f"{len(series)} series", rows)
+    for row, one in zip(rows, series, strict=True):
+        if one["refusal"] is not None:
+            out.print(f"{row['']}: {one['refusal']}", markup=False, highlight=False)
 
 
 def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:

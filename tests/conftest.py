@@ -6,8 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from medseg.volume import Grid, Volume
+
+# A busy machine is no bug: examples may take as long as they like.
+settings.register_profile("medseg", deadline=None)
+settings.load_profile("medseg")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -66,3 +66,14 @@ def _turned(logits: Tensor, grid: Grid, block: Grid) -> Tensor:
         logits[None], unit[None].to(logits), mode="bilinear", padding_mode="border", align_corners=True
     )
     return sampled[0]
+
+
+def argmax_slab(logits: Tensor, axes: list[AxisPositions]) -> NDArray[np.uint16]:
+    """Return the winner at each crossing of the positions along the three axes of `logits` (C, I, J, K)."""
+    plain = [AxisPositions(place, axis.positions, axis.step) for place, axis in enumerate(axes)]
+    rows = max(1, BLOCK_SCORES // (len(logits) * len(axes[1].positions) * len(axes[2].positions)))
+    parts = []
+    for first in range(0, len(axes[0].positions), rows):
+        head = AxisPositions(0, axes[0].positions[first : first + rows], axes[0].step)
+        parts.append(_parallel(logits, [head, *plain[1:]]).argmax(dim=0).cpu().numpy().astype(np.uint16))
+    return np.concatenate(parts)

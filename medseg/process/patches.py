@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +11,6 @@ from medseg.errors import UsageError
 
 SIGMA_SHARE = 1 / 8
 """The blend weight's standard deviation as a share of the patch (nnU-Net's choice)."""
-
-SMALLEST_WEIGHT = 1e-4
-"""Floor of the blend weights, so that a voxel seen by the corner of one tile alone keeps its logits in float32."""
 
 Shape = tuple[int, int, int]
 
@@ -33,18 +29,17 @@ def tile_starts(size: int, patch: int, step: float) -> list[int]:
     return [round(place * (size - patch) / max(1, count - 1)) for place in range(count)]
 
 
-def tiles(shape: Sequence[int], patch: Sequence[int], step: float) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield the slices of every tile over `shape`, in order along the first axis."""
-    starts = [tile_starts(size, edge, step) for size, edge in zip(shape, patch, strict=True)]
-    for i, j, k in product(*starts):
-        yield slice(i, i + patch[0]), slice(j, j + patch[1]), slice(k, k + patch[2])
+def normalized_weights(size: int, patch: int, starts: Sequence[int]) -> list[NDArray[np.float32]]:
+    """Return, for each tile along one axis, its shares (patch,) in its voxels: over all tiles they add up to 1.
 
-
-def blend_weights(patch: Sequence[int]) -> NDArray[np.float32]:
-    """Return a tile's Gaussian weights (I, J, K) float32, 1 at the center: where a tile sees most, it counts most."""
-    i, j, k = (np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n * SIGMA_SHARE)) ** 2) for n in patch)
-    weights = i[:, None, None] * j[:, None] * k
-    return np.asarray(np.maximum(weights / weights.max(), SMALLEST_WEIGHT), dtype=np.float32)
+    A tile counts by a Gaussian, most in its middle, where a network sees most. The blend of a volume is the product
+    of the shares along its three axes, so no sum of weights has to be kept or divided by.
+    """
+    gaussian = np.exp(-0.5 * ((np.arange(patch) - (patch - 1) / 2) / (patch * SIGMA_SHARE)) ** 2)
+    total = np.zeros(size)
+    for start in starts:
+        total[start : start + patch] += gaussian
+    return [(gaussian / total[start : start + patch]).astype(np.float32) for start in starts]
 
 
 def padding_to(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int], ...]:

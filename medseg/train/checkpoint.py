@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from medseg.errors import ModelError
 from medseg.io.files import written_whole
-from medseg.model.segmenter import load_state, state_of
+from medseg.model.weights import load_state, state_of
 
 
 @dataclass

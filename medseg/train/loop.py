@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from medseg.errors import ModelError, OutputError
 from medseg.io.files import written_whole
-from medseg.model.networks import build_network
+from medseg.model.networks import build_network, memory_format, placed
 from medseg.model.plan import Plan
-from medseg.model.segmenter import Model, pick_device, save_weights
+from medseg.model.segmenter import Model, pick_device
+from medseg.model.weights import save_weights
 from medseg.report.metrics import Scores
 from medseg.train.augment import change_intensities
 from medseg.train.cache import prepare_cases
@@ -64,12 +66,14 @@ def train_dataset(
     *,
     budget: str = "30m",
     fold: int = 0,
+    folds: int = 5,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Scores:
-    """Return the validation scores of one fold of a dataset folder, planned and trained into `folder`.
+    """Return the validation scores of fold `fold` of `folds` of a dataset folder, planned and trained into `folder`.
 
-    A plan.json or train.json that is in the folder is followed: edit them to decide otherwise.
+    A plan.json that is in the folder is followed, and a train.json too but for the number of folds: edit them to
+    decide otherwise.
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
@@ -80,7 +84,8 @@ def train_dataset(
         _make_folder(where)
         facts.save(where / "fingerprint.json")
         make_plan(facts).save(plan_file)
-    settings = TrainSettings.load(settings_file) if settings_file.is_file() else None
+    settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
+    settings = settings.model_copy(update={"folds": folds})
     plan = Plan.load(plan_file)
     model = train_model(
         cases, plan, where, budget=budget, fold=fold, settings=settings, device=device, progress=progress
@@ -149,7 +154,8 @@ def validate_fold(
 def new_state(plan: Plan, settings: TrainSettings, device: torch.device) -> TrainState:
     """Return an untrained network, made from the seed, with its running average and optimizer."""
     torch.manual_seed(settings.seed)
-    network = build_network(plan.network, len(plan.channels), plan.outputs).to(device).train()
+    network = build_network(plan.network, len(plan.channels), plan.outputs)
+    network = placed(network, device).train()
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
     )
@@ -231,7 +237,7 @@ def _train(
 def _step(state: TrainState, settings: TrainSettings, images: Tensor, target: Tensor) -> float:
     device = next(state.network.parameters()).device
     random = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
-    images = change_intensities(images.to(device), random)
+    images = change_intensities(images.to(device, memory_format=memory_format(device)), random)
     loss = deep_dice_ce(state.network(images), target.to(device))
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -251,13 +257,14 @@ def _step(state: TrainState, settings: TrainSettings, images: Tensor, target: Te
 
 
 def _batches(sampler: Sampler, size: int, state: TrainState) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches from the state's step on, each drawn while the one before is trained on."""
+    """Yield the batches from the state's step on; for a GPU, each is drawn while the one before is trained on."""
+    if next(state.network.parameters()).device.type == "cpu":
+        while True:  # a second thread would only take cores from the network
+            yield sampler.batch(state.step, size)
     with ThreadPoolExecutor(1) as pool:
-        step = state.step
-        drawn = pool.submit(sampler.batch, step, size)
-        while True:
+        drawn = pool.submit(sampler.batch, state.step, size)
+        for step in itertools.count(state.step + 1):
             batch = drawn.result()
-            step += 1
             drawn = pool.submit(sampler.batch, step, size)
             yield batch
 

@@ -1,0 +1,199 @@
+"""DICOM series: folders of single-frame CT, MR and PET slices, ordered by their positions in the patient.
+
+`find_series` reads headers only and gives a verdict on every series; `read` reads the pixels of one. Whatever cannot be
+placed and scaled right is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medseg.errors import SeriesRefused, UnreadableFile, UsageError
+from medseg.io.dicom_geometry import Problem, order_along_normal, stack_affine, stack_problem
+from medseg.io.dicom_slice import VARIANTS, Slice, read_header, read_pixels
+from medseg.io.files import reading
+from medseg.volume import Array, Grid, Volume
+
+NO_SCANS = frozenset({"localizer", "not_an_image", "color"})
+"""What may lie beside the series to read. A scan that is refused for another reason might be the one that was meant."""
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """The slices of one SeriesInstanceUID, ordered along their normal, localizers left out.
+
+    Either `grid` says where the voxels lie, or `refusal` says why the series cannot be read.
+    """
+
+    uid: str
+    frame_of_reference_uid: str
+    modality: str
+    description: str
+    slices: tuple[Slice, ...]
+    grid: Grid | None
+    refusal: SeriesRefused | None
+
+    @property
+    def n_slices(self) -> int:
+        """How many slices there are."""
+        return len(self.slices)
+
+
+def find_series(folder: str | os.PathLike[str]) -> list[Series]:
+    """Return every DICOM series at or below `folder`, read from headers only, each with a verdict.
+
+    Files of any name count; DICOMDIR and files that are not DICOM are passed over. Files with a blank
+    SeriesInstanceUID count as one series per folder. The path of a file stands for that file alone.
+    Raises UnreadableFile where the path is missing, or a file is DICOM but its header is cut off.
+    """
+    groups: dict[tuple[str, Path | None], list[Slice]] = {}
+    for path in _files(Path(folder)):
+        header = read_header(path)
+        if header is not None:
+            groups.setdefault((header.series_uid, None if header.series_uid else path.parent), []).append(header)
+    return [_series(slices) for slices in groups.values()]
+
+
+def read(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> Volume:
+    """Return the one scan at or below `folder`, or the series named, as a Volume with one channel.
+
+    i counts the columns of the image, j its rows, k the slices along their normal. Values are rescaled slice by slice:
+    int16 or int32 where slopes and intercepts are whole numbers, else float32. Localizers, color pictures, segmentation
+    objects and the like do not count. Raises SeriesRefused where the scan cannot be read right or there are several,
+    UnreadableFile where files are missing or damaged, UsageError for an unknown `series_uid`.
+    """
+    series, grid = _chosen(Path(folder), series_uid)
+    return Volume(_voxels(series.slices), grid)
+
+
+def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
+    """Return the FrameOfReferenceUID of the series that `read` would read; "" where the series states none.
+
+    Two volumes share their world space only where both state the same one. Raises what `read` raises for headers.
+    """
+    return _chosen(Path(folder), series_uid)[0].frame_of_reference_uid
+
+
+def _files(path: Path) -> list[Path]:
+    with reading(path):
+        if path.is_file():
+            return [path]
+        below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names)
+        return sorted(file for file in below if file.is_file())
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _chosen(folder: Path, series_uid: str | None) -> tuple[Series, Grid]:
+    found = find_series(folder)
+    if not found:
+        raise UnreadableFile(
+            "There is no DICOM file here; pass the folder of a series.", path=folder, reason="no_dicom"
+        )
+    if series_uid is not None:
+        found = [series for series in found if series.uid == series_uid]
+        if not found:
+            raise UsageError("No series here has the series_uid that was asked for.", path=folder)
+    scans = [series for series in found if series.refusal is None or series.refusal.reason not in NO_SCANS] or found
+    readable = [(series, series.grid) for series in scans if series.grid is not None]
+    if len(scans) > 1:
+        raise SeriesRefused(
+            f"Expected one series, found {len(scans)}, of which {len(readable)} can be read. "
+            "Pass the folder of one, or its series_uid.",
+            path=folder,
+            reason="several_series",
+        )
+    refusals = [series.refusal for series in scans if series.refusal is not None]
+    if refusals:
+        raise refusals[0]
+    return readable[0]
+
+
+def _series(slices: Sequence[Slice]) -> Series:
+    slices = [part for part in slices if not part.is_localizer] or slices
+    planes = np.array([part.plane for part in slices if part.plane is not None])
+    if len(planes) == len(slices):
+        order = order_along_normal(planes)
+        slices, planes = [slices[n] for n in order], planes[order]
+    first = slices[0]
+    problem = _content_problem(slices) or stack_problem(planes, first.shape, first.thickness_mm)
+    refusal = grid = None
+    if problem is None:
+        grid = Grid((*first.shape, len(slices)), stack_affine(planes, first.thickness_mm))
+    else:
+        hint = f" {_difference(slices)}" if problem.reason == "duplicate_positions" else ""
+        refusal = SeriesRefused(f"{problem.text}{hint}", path=first.path.parent, reason=problem.reason)
+    return Series(
+        uid=first.series_uid,
+        frame_of_reference_uid=first.frame_of_reference_uid,
+        modality=first.modality,
+        description=first.description,
+        slices=tuple(slices),
+        grid=grid,
+        refusal=refusal,
+    )
+
+
+def _content_problem(slices: Sequence[Slice]) -> Problem | None:
+    """Return what forbids to read the slices apart from where they lie."""
+    if slices[0].is_localizer:
+        return Problem("localizer", "The series is a localizer, which only serves to plan a scan.")
+    own = next((part.problem for part in slices if part.problem), None)
+    if own:
+        return own
+    instances = [part.sop_instance_uid for part in slices if part.sop_instance_uid]
+    copies = len(instances) - len(set(instances))
+    if copies:
+        return Problem(
+            "duplicate_instances",
+            f"{copies} of {len(slices)} files repeat the SOPInstanceUID of another. Remove the copies.",
+        )
+    if len({part.frame_of_reference_uid for part in slices}) > 1:
+        return Problem(
+            "mixed_frame_of_reference", "The slices belong to several frames of reference. Pass those of one."
+        )
+    shapes = sorted({part.shape for part in slices})
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{columns} x {rows}" for columns, rows in shapes)
+        return Problem("mixed_matrix", f"The slices differ in columns x rows: {sizes}. Pass those of one size.")
+    return None
+
+
+def _difference(slices: Sequence[Slice]) -> str:
+    columns = zip(*(part.variants for part in slices), strict=True)
+    counts = {name: len(set(values)) for name, values in zip(VARIANTS, columns, strict=True)}
+    varying = ", ".join(f"{name} ({count} values)" for name, count in counts.items() if count > 1)
+    return f"They differ in {varying}: pass the slices of one." if varying else "No usual tag tells them apart."
+
+
+def _voxels(slices: Sequence[Slice]) -> Array:
+    """Return the rescaled voxels (1, columns, rows, slices); in memory k varies slowest, as NIfTI stores it."""
+    stored = [read_pixels(part) for part in slices]
+    dtype = _dtype(slices, stored)
+    exact = np.int64 if dtype.kind == "i" else np.float64
+    voxels = np.empty((len(slices), *stored[0].shape), dtype)
+    for k, (part, values) in enumerate(zip(slices, stored, strict=True)):
+        voxels[k] = values.astype(exact) * exact(part.slope) + exact(part.intercept)
+    return voxels.transpose(2, 1, 0)[None]
+
+
+def _dtype(slices: Sequence[Slice], stored: Sequence[Array]) -> np.dtype[np.generic]:
+    """Return the smallest of int16, int32 and float32 that holds all rescaled values, the first two exactly."""
+    whole = all(part.slope.is_integer() and part.intercept.is_integer() for part in slices)
+    if whole and all(values.dtype.kind in "iu" for values in stored):
+        ends = [
+            int(end) * part.slope + part.intercept
+            for part, values in zip(slices, stored, strict=True)
+            for end in (values.min(), values.max())
+        ]
+        for dtype in (np.int16, np.int32):
+            if np.iinfo(dtype).min <= min(ends) and max(ends) <= np.iinfo(dtype).max:
+                return np.dtype(dtype)
+    return np.dtype(np.float32)

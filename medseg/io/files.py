@@ -1,0 +1,105 @@
+"""What every file format needs: outputs that are whole or not there, errors that know their path, grids for voxels."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from medseg.errors import GeometryError, MedsegError, OutputError, UnknownOrientation, UnreadableFile, UsageError
+from medseg.volume import Affine, Grid
+
+DIRECTIONS = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+"""Where an axis with this letter points in RAS+ world space."""
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside `path` to write to; on success it becomes `path`, else it is removed.
+
+    It has the ending of `path`, in lower case. The file is flushed to the disk before it is renamed, so that no crash
+    leaves part of it under the final name.
+    Raises OutputError where the folder is missing or cannot be written.
+    """
+    final = Path(path)
+    # Lower case, since ITK writes two files under other names for .MHA.
+    beside = final.with_name(f".{secrets.token_hex(8)}{''.join(final.suffixes[-2:]).lower()}")
+    try:
+        yield beside
+        # Not "rb": Windows flushes only what is open for writing.
+        with beside.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, final)
+    except OSError as error:
+        raise OutputError(
+            f"The file could not be written: {error.strerror or 'the system gives no cause'}. "
+            "Check that its folder exists, may be written to and has space left.",
+            path=final,
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `path` in every medseg error that leaves the block; what the system or zlib raise becomes UnreadableFile.
+
+    Overflow and NaN in what a damaged header says make no warnings: the results are checked.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except MedsegError as error:
+        error.path = error.path or Path(path)
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableFile(
+            "The file, or another file that holds its voxels, does not exist.", path=path, reason="missing"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or "it is cut short, damaged, or not what its name says"
+        raise UnreadableFile(f"The file could not be read: {cause}. Copy or export it again.", path=path) from error
+
+
+def placed_grid(shape: Sequence[int], affine: Affine) -> Grid:
+    """Return the grid that a file states; raises UnknownOrientation where its affine is no place."""
+    try:
+        return Grid((shape[0], shape[1], shape[2]), affine)
+    except GeometryError as error:
+        raise UnknownOrientation(
+            "The position of the voxels in this file is damaged: its matrix is not finite and invertible. "
+            "Export the file again, or repair its header.",
+            reason="bad_affine",
+        ) from error
+
+
+def assumed_grid(shape: Sequence[int], spacing_mm: ArrayLike, orientation: str | None) -> Grid:
+    """Return the grid of a file that states a spacing alone: its axes point as `orientation`, its centre is at 0 0 0.
+
+    Raises UnknownOrientation where `orientation` is None or the spacing is not positive, UsageError where
+    `orientation` does not name three different directions.
+    """
+    spacing = np.asarray(spacing_mm, dtype=np.float64)
+    if orientation is None:
+        raise UnknownOrientation(
+            "The file does not say where its voxels lie in the patient. If you know where its three axes point, "
+            'say so with assume_orientation, for example "RAS" or "LPS".'
+        )
+    if not (np.isfinite(spacing) & (spacing > 0)).all():
+        raise UnknownOrientation("The file gives no positive spacing. Repair its header.", reason="bad_spacing")
+    try:
+        affine = np.eye(4)
+        affine[:3, :3] = np.array([DIRECTIONS[letter] for letter in orientation.upper()]).T * spacing
+        affine[:3, 3] = -affine[:3, :3] @ (np.asarray(shape) - 1) / 2
+        return Grid((shape[0], shape[1], shape[2]), affine)
+    except (KeyError, ValueError, GeometryError) as error:
+        raise UsageError(
+            f"An orientation is one letter of each pair L/R, P/A, I/S, such as RAS; here it is {orientation!r}."
+        ) from error

@@ -1,0 +1,69 @@
+"""Model folders: where they are, and weights in and out of networks. Safetensors only: a model cannot run code."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from medseg.errors import ModelError
+from medseg.io.files import written_whole
+from medseg.model.networks import build_network
+from medseg.model.plan import Plan
+
+SHIPPED = Path(__file__).parent.parent / "models"
+
+
+def find_model(name: str | PathLike[str]) -> Path:
+    """Return the folder of a model: the path, or the shipped model of that name. Raises ModelError for neither."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if (SHIPPED / path.name / "plan.json").is_file() and path.name == str(name):
+        return SHIPPED / path.name
+    shipped = ", ".join(sorted(plan.parent.name for plan in SHIPPED.glob("*/plan.json")))
+    raise ModelError(f"No model is there: neither a folder nor one that medseg ships ({shipped}).", path=path)
+
+
+def load_network(plan: Plan, file: Path) -> nn.Module:
+    """Return the plan's network with the weights in a file. Raises ModelError for damage and for another plan's."""
+    network = build_network(plan.network, len(plan.channels), plan.outputs)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            "The weights cannot be read: the file is missing, damaged, or no safetensors file.", path=file
+        ) from error
+    load_state(network, state, path=file)
+    return network
+
+
+def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a network's weights as safetensors, whole or not at all."""
+    with written_whole(path) as beside:
+        beside.write_bytes(serialize(state_of(network)))
+
+
+def state_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights, each tensor once: DynUNet lists its blocks a second time below `skip_layers`."""
+    state = network.state_dict().items()
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state if not name.startswith("skip_layers.")}
+
+
+def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | None = None) -> None:
+    """Put weights into a network. Raises ModelError where names or shapes differ from what its plan makes."""
+    expected = state_of(network)
+    wrong = sorted(set(expected) ^ set(state))
+    wrong += sorted(name for name in set(expected) & set(state) if expected[name].shape != state[name].shape)
+    if wrong:
+        raise ModelError(
+            f"The weights do not fit the plan: {len(wrong)} tensors differ, the first is {wrong[0]}. "
+            "Use plan.json and weights of the same model.",
+            path=path,
+            reason="weights",
+        )
+    network.load_state_dict(state, strict=False)

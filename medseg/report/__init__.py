@@ -1,0 +1,1 @@
+"""What comes out of a segmentation: scores against a reference, measurements, pictures."""

@@ -1,0 +1,254 @@
+"""Label maps against references: counts and scores for every case and label, and their means.
+
+One decision about structures that are not there: where neither the prediction nor the reference has the label, its
+scores are NaN (None in JSON) and left out of every mean; where only one of them has it, its scores are 0.
+A case without a usable prediction has failed. It counts as one in which nothing was found, and is never left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.errors import DatasetError, GeometryError, MedsegError, UsageError
+from medseg.io import itk, load, nifti
+from medseg.io.files import reading, written_whole
+from medseg.labels import Label, make_labels
+from medseg.report.measurements import label_map, measure
+from medseg.volume import Volume
+
+ENDINGS = (*nifti.WRITTEN_ENDINGS, *itk.WRITTEN_ENDINGS)
+COUNTS = ("true_positives", "false_positives", "false_negatives")
+SCORES = ("dice", "iou", "precision", "recall", "volume_reference_ml", "volume_predicted_ml", "volume_difference_ml")
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """How well one label was found in one case: the voxel counts, and the scores that follow from them."""
+
+    value: int
+    name: str
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    voxel_mm3: float
+
+    @property
+    def dice(self) -> float:
+        """Twice the common voxels over the sum of both."""
+        common = 2 * self.true_positives
+        return self._ratio(common, common + self.false_positives + self.false_negatives)
+
+    @property
+    def iou(self) -> float:
+        """The common voxels over those of either: intersection over union, the Jaccard index."""
+        return self._ratio(self.true_positives, self.true_positives + self.false_positives + self.false_negatives)
+
+    @property
+    def precision(self) -> float:
+        """The part of the prediction that is right."""
+        return self._ratio(self.true_positives, self.true_positives + self.false_positives)
+
+    @property
+    def recall(self) -> float:
+        """The part of the reference that was found: the sensitivity."""
+        return self._ratio(self.true_positives, self.true_positives + self.false_negatives)
+
+    @property
+    def volume_reference_ml(self) -> float:
+        """Volume in the reference in ml; never NaN."""
+        return (self.true_positives + self.false_negatives) * self.voxel_mm3 / 1000
+
+    @property
+    def volume_predicted_ml(self) -> float:
+        """Volume in the prediction in ml; never NaN."""
+        return (self.true_positives + self.false_positives) * self.voxel_mm3 / 1000
+
+    @property
+    def volume_difference_ml(self) -> float:
+        """Predicted minus reference volume in ml, positive where too much was found; never NaN."""
+        return (self.false_positives - self.false_negatives) * self.voxel_mm3 / 1000
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return value, name, counts and scores as JSON takes them."""
+        scores = {key: getattr(self, key) for key in (*COUNTS, *SCORES)}
+        return {"value": self.value, "name": self.name} | _without_nan(scores)
+
+    def _ratio(self, part: int, whole: int) -> float:
+        if not (self.true_positives or self.false_positives or self.false_negatives):
+            return math.nan
+        return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """The scores of one case; `failure` is the reason code where there was no usable prediction."""
+
+    name: str
+    labels: tuple[LabelScore, ...]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of all cases, and their means."""
+
+    cases: tuple[CaseScores, ...]
+
+    @property
+    def failed(self) -> tuple[CaseScores, ...]:
+        """The cases without a usable prediction."""
+        return tuple(case for case in self.cases if case.failure is not None)
+
+    @property
+    def label_means(self) -> dict[int, dict[str, float]]:
+        """The mean of every score over the cases, for each label value."""
+        found: dict[int, list[LabelScore]] = {}
+        for score in (score for case in self.cases for score in case.labels):
+            found.setdefault(score.value, []).append(score)
+        return {
+            value: {key: _mean(getattr(score, key) for score in found[value]) for key in SCORES}
+            for value in sorted(found)
+        }
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """The mean over labels of `label_means`: a rare label counts as much as one that every case has."""
+        means = self.label_means.values()
+        return {key: _mean(label[key] for label in means) for key in SCORES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the means, the failed cases and every case as JSON takes them."""
+        names = {score.value: score.name for case in self.cases for score in case.labels}
+        means = self.label_means
+        return {
+            "mean": _without_nan(self.mean),
+            "labels": [{"value": value, "name": names[value]} | _without_nan(means[value]) for value in means],
+            "failed": [{"case": case.name, "reason": case.failure} for case in self.failed],
+            "cases": [{"case": case.name, "labels": [score.to_dict() for score in case.labels]} for case in self.cases],
+        }
+
+
+def compare_labels(predicted: Volume, reference: Volume, labels: Sequence[Label]) -> list[LabelScore]:
+    """Return one score for each label, in the order of the table; other values in the volumes count as background.
+
+    Raises GeometryError (`other_grid`) where the grids differ, InputError where a volume is no label map.
+    """
+    if not predicted.grid.matches(reference.grid):
+        raise GeometryError(
+            f"The prediction, of shape {predicted.grid.shape}, lies on another grid than the reference, of shape "
+            f"{reference.grid.shape}. Resample it onto the grid of the reference first.",
+            reason="other_grid",
+        )
+    joint = _joint_histogram(label_map(predicted), label_map(reference), [label.value for label in labels])
+    in_prediction, in_reference = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist()
+    scores = []
+    for place, label in enumerate(labels, start=1):
+        common = int(joint[place, place])
+        wrong, missed = in_prediction[place] - common, in_reference[place] - common
+        scores.append(LabelScore(label.value, label.name, common, wrong, missed, reference.grid.voxel_mm3))
+    return scores
+
+
+def evaluate_folder(
+    predictions: str | PathLike[str], references: str | PathLike[str], labels: Sequence[Label] | None = None
+) -> Scores:
+    """Return the scores of every reference NAME.nii.gz (.nii, .nrrd, .mha), set against the prediction of that NAME.
+
+    A prediction that is missing, unreadable or on another grid is a failed case; one without a reference is not looked
+    at. Without a label table, every value that occurs in some reference is scored, as "label N".
+    Raises UsageError for what is no folder, DatasetError for a folder without references or with one NAME twice,
+    InputError for a reference that cannot be read.
+    """
+    given, wanted = _files_by_name(Path(predictions)), _files_by_name(Path(references))
+    if not wanted:
+        raise DatasetError(f"The folder of references holds no {', '.join(ENDINGS)} file.", path=references)
+    table = _labels_in(wanted.values()) if labels is None else labels
+    return Scores(tuple(_score_case(name, given.get(name), file, table) for name, file in wanted.items()))
+
+
+def write_scores_csv(scores: Scores, path: str | PathLike[str]) -> None:
+    """Write one line for each case and label, with an empty cell for a score that is NaN. Raises OutputError."""
+    with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["case", "failure", "value", "name", *COUNTS, *SCORES])
+        writer.writeheader()
+        for case in scores.cases:
+            writer.writerows({"case": case.name, "failure": case.failure} | score.to_dict() for score in case.labels)
+
+
+def _joint_histogram(
+    predicted: NDArray[np.integer[Any]], reference: NDArray[np.integer[Any]], values: Sequence[int]
+) -> NDArray[np.int64]:
+    """Return how many voxels are (row in the prediction, column in the reference); 0 stands for all other values.
+
+    Voxels that are background in both are not counted: no score needs them.
+    """
+    known = np.array([0, *values])
+    joint = np.zeros(len(known) ** 2, dtype=np.int64)
+    for k in range(reference.shape[2]):  # slice by slice, so that the index arrays stay small
+        p, r = predicted[:, :, k], reference[:, :, k]
+        marked = (p > 0) | (r > 0)
+        pairs = _places(p[marked], known) * len(known) + _places(r[marked], known)
+        joint += np.bincount(pairs, minlength=joint.size)
+    return joint.reshape(len(known), len(known))
+
+
+def _places(voxels: NDArray[np.integer[Any]], known: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Return where in `known` each value stands; 0, the place of background, for values that are not there."""
+    order = np.argsort(known)
+    nearest = np.minimum(np.searchsorted(known, voxels, sorter=order), len(known) - 1)
+    return np.where(known[order[nearest]] == voxels, order[nearest], 0)
+
+
+def _score_case(name: str, prediction: Path | None, reference: Path, labels: Sequence[Label]) -> CaseScores:
+    truth = _load_labels(reference)
+    nothing = truth.with_array(np.zeros_like(truth.array))
+    if prediction is None:
+        return CaseScores(name, tuple(compare_labels(nothing, truth, labels)), failure="missing")
+    try:
+        return CaseScores(name, tuple(compare_labels(load(prediction), truth, labels)))
+    except MedsegError as error:
+        return CaseScores(name, tuple(compare_labels(nothing, truth, labels)), failure=error.reason)
+
+
+def _load_labels(path: Path) -> Volume:
+    with reading(path):
+        volume = load(path)
+        return volume.with_array(label_map(volume)[np.newaxis])
+
+
+def _labels_in(references: Iterable[Path]) -> tuple[Label, ...]:
+    return make_labels({(found.value, found.name) for path in references for found in measure(_load_labels(path), ())})
+
+
+def _files_by_name(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UsageError("Predictions and references are two folders; one of them is not there.", path=folder)
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        ending = next((ending for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+        if ending is None or file.name.startswith("."):
+            continue
+        name = file.name[: -len(ending)]
+        if name in files:
+            raise DatasetError("Two files of one name differ only in their ending; keep one of them.", path=file)
+        files[name] = file
+    return files
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
+
+
+def _without_nan(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in numbers.items()}

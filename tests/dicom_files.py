@@ -1,0 +1,122 @@
+"""DICOM series for tests, written and read back by pydicom alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from conftest import rotation
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.valuerep import DS
+
+from medseg.volume import Volume
+
+PATIENT = "Doe^Jane"
+FRAME = "1.2.826.0.1.3680043.8.498.7"
+
+AXIAL = [1, 0, 0, 0, 1, 0]
+ORIENTATIONS = {
+    "axial": AXIAL,
+    "negated": [1, 0, 0, 0, -1, 0],
+    "sagittal": [0, 1, 0, 0, 0, -1],
+    "coronal": [1, 0, 0, 0, 0, -1],
+    "oblique": rotation((11, -23, 37))[:, :2].T.ravel().tolist(),
+}
+
+Each = Callable[[float], dict[str, Any]]
+
+
+def normal_of(orientation: Iterable[float]) -> np.ndarray:
+    along_row, along_column = np.reshape(list(orientation), (2, 3))
+    return np.cross(along_row, along_column)
+
+
+def decimals(values: Iterable[float]) -> list[DS]:
+    return [DS(float(value), auto_format=True) for value in values]
+
+
+def write_series(
+    folder: Path,
+    slices: Sequence[float] = range(5),
+    *,
+    orientation: Iterable[float] = AXIAL,
+    step_mm: Iterable[float] | None = None,
+    syntax: str = ExplicitVRLittleEndian,
+    shape: tuple[int, int] = (4, 6),
+    each: Each = lambda k: {},
+    **tags: Any,
+) -> None:
+    """Write a file for each k of `slices`, k steps away from one position, in no order of names or numbers.
+
+    `tags` and `each(k)` replace elements or, by None, leave them out. Pixels are 0.75 mm high and 1.25 mm wide.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    step = 2.5 * normal_of(orientation) if step_mm is None else np.array([*step_mm])
+    uid = generate_uid()
+    names = random.Random(5).sample(range(1000, 10000), len(slices))
+    for name, k in zip(names, slices, strict=True):
+        values = np.random.default_rng(name).integers(-1000, 1000, shape).astype(np.int16)
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.file_meta.MediaStorageSOPClassUID = CTImageStorage
+        data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        fields = {
+            "SOPClassUID": CTImageStorage,
+            "SOPInstanceUID": data.file_meta.MediaStorageSOPInstanceUID,
+            "SeriesInstanceUID": uid,
+            "FrameOfReferenceUID": FRAME,
+            "PatientName": PATIENT,
+            "Modality": "CT",
+            "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+            "InstanceNumber": name,
+            "ImagePositionPatient": decimals(np.array([-30.5, 41.25, 7]) + k * step),
+            "ImageOrientationPatient": decimals(orientation),
+            "PixelSpacing": [0.75, 1.25],
+            "SamplesPerPixel": 1,
+            "PhotometricInterpretation": "MONOCHROME2",
+            "Rows": shape[0],
+            "Columns": shape[1],
+            "BitsAllocated": 16,
+            "BitsStored": 16,
+            "HighBit": 15,
+            "PixelRepresentation": 1,
+            "PixelData": values.tobytes(),
+        }
+        for keyword, value in (fields | tags | each(k)).items():
+            if value is not None:
+                setattr(data, keyword, value)
+        if syntax == RLELossless:
+            data.compress(RLELossless)
+        data.file_meta.TransferSyntaxUID = syntax
+        data.save_as(folder / str(name), enforce_file_format=True)
+
+
+def pixels_in_space(folder: Path) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield the world positions in RAS+ mm and the rescaled values of all pixels of a slice, by pydicom alone."""
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        orientation = [float(value) for value in data.ImageOrientationPatient]
+        position = [float(value) for value in data.ImagePositionPatient]
+        row, column = np.indices((data.Rows, data.Columns))[..., None]
+        lps = position + row * float(data.PixelSpacing[0]) * np.array(orientation[3:])
+        lps = lps + column * float(data.PixelSpacing[1]) * np.array(orientation[:3])
+        slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+        yield lps * (-1, -1, 1), data.pixel_array * slope + intercept
+
+
+def assert_every_pixel_in_place(volume: Volume, folder: Path) -> None:
+    """Check by headers alone that each pixel lies in the volume where its file says, and nothing else."""
+    count = 0
+    for world_mm, values in pixels_in_space(folder):
+        index = volume.grid.to_index(world_mm)
+        nearest = np.round(index).astype(int)
+        assert np.abs(volume.grid.to_world(nearest) - world_mm).max() < 1e-6
+        np.testing.assert_array_equal(volume.array[0][tuple(nearest.reshape(-1, 3).T)], values.ravel())
+        count += values.size
+    assert count == volume.array.size

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import make_balls
+from models import threshold_model, tiny_model
+from test_model_segmenter import ball
+
+import medseg
+from medseg import cli
+from medseg.io import load, save
+from medseg.model.weights import save_weights
+from medseg.volume import Grid, Volume
+
+SAMPLES = Path(__file__).parent.parent / "data_samples"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Return a function that runs a command line and returns (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medseg", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = tiny_model()
+    model.plan.save(folder / "plan.json")
+    save_weights(model.networks[0], folder / "fold_0.safetensors")
+    return folder
+
+
+@pytest.fixture
+def scan(tmp_path):
+    affine = np.diag([-1.0, 1.5, 2.0, 1.0])
+    volume = ball(Grid((20, 16, 12), affine), 6)
+    save(volume, tmp_path / "scan.nii.gz")
+    return tmp_path / "scan.nii.gz"
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"medseg {medseg.__version__}\n")
+
+
+def test_no_arguments_show_the_help(run):
+    code, out, _ = run()
+    assert "segment" in out
+    assert "train" in out
+    assert code in (0, 2)
+
+
+def test_help_and_import_load_no_torch_and_answer_at_once():
+    code = (
+        "import sys, time; began = time.perf_counter(); import medseg, medseg.cli\n"
+        "sys.argv = ['medseg', '--help']\n"
+        "try: medseg.cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'monai', 'SimpleITK', 'scipy', 'matplotlib', 'pydicom'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_info_of_a_volume(run, scan):
+    code, out, _ = run("info", scan, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["shape"] == [20, 16, 12]
+    assert facts["spacing_mm"] == [1.0, 1.5, 2.0]
+    assert facts["orientation"] == "LAS"
+    assert facts["channels"] == 1
+    assert "LAS" in run("info", scan)[1]
+
+
+def test_info_of_a_study_gives_each_series_its_verdict(run):
+    code, out, _ = run("info", SAMPLES / "ct_study", "--json")
+    series = json.loads(out)["series"]
+    assert code == 0
+    assert len(series) == 3
+    assert sorted(one["verdict"].split(":")[0] for one in series) == ["accepted", "accepted", "refused"]
+    table = run("info", SAMPLES / "ct_study")[1]
+    assert table.count("accepted") == 2
+    assert "3: " in table or "2: " in table or "1: " in table  # the refusal in words, below the table
+
+
+def test_convert_there_and_back_keeps_voxels_and_place(run, scan, tmp_path):
+    assert run("convert", scan, tmp_path / "a.nrrd")[0] == 0
+    assert run("convert", tmp_path / "a.nrrd", tmp_path / "b.mha")[0] == 0
+    assert run("convert", tmp_path / "b.mha", tmp_path / "c.nii.gz")[0] == 0
+    first, last = load(scan), load(tmp_path / "c.nii.gz")
+    assert last.grid.matches(first.grid)
+    np.testing.assert_array_equal(last.array, first.array)
+
+
+def test_convert_a_dicom_series(run, tmp_path):
+    assert run("convert", SAMPLES / "ct_study/axial_soft", tmp_path / "ct.nii.gz")[0] == 0
+    volume = load(tmp_path / "ct.nii.gz")
+    assert volume.array.dtype == np.int16
+    assert volume.array.min() < -900
+
+
+def test_segment_a_file(run, scan, model_folder, tmp_path):
+    code, out, err = run("segment", model_folder, scan, tmp_path / "labels.nii.gz")
+    assert (code, err) == (0, "")
+    assert "ball" in out
+    assert load(tmp_path / "labels.nii.gz").grid.matches(load(scan).grid)
+
+
+def test_segment_prints_volumes_for_machines(run, scan, model_folder, tmp_path):
+    code, out, _ = run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--json", "--step", "1.0")
+    result = json.loads(out)[0]
+    labels = load(tmp_path / "labels.nii.gz")
+    assert code == 0
+    assert result["error"] is None
+    assert result["labels"][0]["name"] == "ball"
+    assert result["labels"][0]["volume_ml"] == pytest.approx(float((labels.array == 1).sum()) * 3 / 1000)
+
+
+def test_segment_a_box(run, scan, model_folder, tmp_path):
+    assert run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--roi=-9,0,0,-1,6,6")[0] == 0
+    labels = load(tmp_path / "labels.nii.gz").array[0]
+    outside = np.ones(labels.shape, bool)
+    outside[1:10, 0:5, 0:4] = False
+    assert (labels[outside] == 0).all()
+
+
+@pytest.mark.parametrize("box", ["1,2,3", "a,b,c,d,e,f"])
+def test_a_box_that_is_none_is_wrong_use(run, scan, model_folder, tmp_path, box):
+    code, _, err = run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--roi", box)
+    assert code == 2
+    assert "six numbers in mm" in err
+
+
+def test_segment_a_folder_goes_on_after_a_bad_file_and_says_so(run, scan, model_folder, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "a.nii.gz").write_bytes(scan.read_bytes())
+    (folder / "b.nii.gz").write_bytes(scan.read_bytes()[:400])
+    (folder / "c.nii.gz").write_bytes(scan.read_bytes())
+    code, out, err = run("segment", model_folder, folder, tmp_path / "labels")
+    assert code == 1
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert "b.nii.gz" in err
+    assert "Traceback" not in out + err
+    code, _, err = run("segment", model_folder, folder, folder)
+    assert code == 2
+    assert "would replace the images" in err
+
+
+def test_segment_two_channels(run, scan, model_folder, tmp_path):
+    code, _, err = run("segment", model_folder, f"{scan},{scan}", tmp_path / "labels.nii.gz")
+    assert code == 1
+    assert "needs 1 channel(s) (MR) and the input has 2" in err
+
+
+def test_an_orientation_that_is_not_stated_must_be_given(run, model_folder, tmp_path):
+    import nibabel
+
+    image = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32), None)
+    image.header.set_zooms((1, 1, 2))
+    nibabel.save(image, tmp_path / "nowhere.nii.gz")
+    code, _, err = run("segment", model_folder, tmp_path / "nowhere.nii.gz", tmp_path / "labels.nii.gz")
+    assert code == 1
+    assert "orientation" in err
+    assert not (tmp_path / "labels.nii.gz").exists()
+    command = ("segment", model_folder, tmp_path / "nowhere.nii.gz", tmp_path / "labels.nii.gz")
+    assert run(*command, "--assume-orientation", "LPS")[0] == 0
+    written = nibabel.load(tmp_path / "labels.nii.gz").header
+    assert (int(written["qform_code"]), int(written["sform_code"])) == (0, 0)
+    assert run("convert", tmp_path / "nowhere.nii.gz", tmp_path / "c.nii.gz", "--assume-orientation", "LPS")[0] == 0
+    assert load(tmp_path / "c.nii.gz").grid.orientation == "LPS"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", "missing.nii.gz"),
+        ("convert", "missing.nii.gz", "out.nii.gz"),
+        ("segment", "no_model", "missing.nii.gz", "out.nii.gz"),
+        ("train", "missing", "model"),
+        ("evaluate", "missing", "missing"),
+    ],
+)
+def test_what_is_missing_is_one_line_with_the_path_as_typed(run, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code in (1, 2)
+    assert err.startswith(f"medseg: {arguments[1]}")
+    assert len(err.splitlines()) <= 2
+    assert "Traceback" not in out + err
+
+
+def test_wrong_use_ends_with_2(run, tmp_path):
+    assert run("segment", "hippocampus")[0] == 2
+    assert run("dance")[0] == 2
+    assert (
+        run("train", make_balls(tmp_path / "b", 2, (4, 4, 4)), tmp_path / "m", "--budget", "soon", "--folds", 2)[0] == 2
+    )
+
+
+def test_ctrl_c_leaves_no_traceback_and_no_file(run, scan, model_folder, tmp_path, monkeypatch):
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medseg.model.segmenter.Model.segment", interrupted)
+    code, out, err = run("segment", model_folder, scan, tmp_path / "labels.nii.gz")
+    assert code == 130
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "labels.nii.gz").exists()
+
+
+def test_a_warning_is_one_line_without_a_file_name(run, monkeypatch, scan):
+    import warnings
+
+    def odd(*_args: object, **_options: object) -> dict[str, object]:
+        warnings.warn("This file is odd.", stacklevel=1)
+        return {}
+
+    monkeypatch.setattr("medseg.report.describe.describe", odd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = run("info", scan)
+    assert (code, err) == (0, "warning: This file is odd.\n")
+
+
+def test_train_segment_evaluate(run, tmp_path):
+    dataset = make_balls(tmp_path / "balls", cases=4, shape=(10, 12, 10))
+    command = ("train", dataset, tmp_path / "model", "--budget", "2steps", "--folds", 2)
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    scores = json.loads(out)
+    assert len(scores["cases"]) == 2
+    code, out, _ = run("evaluate", tmp_path / "model", dataset)
+    assert code == 0
+    assert "4 cases" in out
+    assert run("segment", tmp_path / "model", dataset / "images", tmp_path / "predictions")[0] == 0
+    (tmp_path / "predictions/case_1.nii.gz").unlink()
+    code, out, err = run("evaluate", tmp_path / "predictions", dataset / "labels", "--json")
+    assert code == 1
+    assert [failed["case"] for failed in json.loads(out)["failed"]] == ["case_1"]
+    assert "case_1: no usable prediction" in err
+
+
+def test_evaluating_a_perfect_prediction(run, tmp_path):
+    image = ball(Grid((20, 20, 20), np.eye(4)), 6)
+    labels = threshold_model(50).segment(image)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save(labels, tmp_path / folder / "x.nii.gz")
+    code, out, _ = run("evaluate", tmp_path / "a", tmp_path / "b", "--json")
+    assert code == 0
+    assert json.loads(out)["mean"]["dice"] == 1.0
+
+
+def test_a_label_volume_is_a_volume(tmp_path):
+    save(Volume(np.zeros((1, 2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4))), tmp_path / "x.nii.gz")
+    assert load(tmp_path / "x.nii.gz").array.shape == (1, 2, 2, 2)

@@ -1,0 +1,52 @@
+"""The label table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from medseg.labels import PALETTE, Label, SnomedCode, make_labels
+
+
+def test_a_table_is_sorted_by_value_and_leaves_background_out() -> None:
+    table = make_labels([(2, "posterior"), (0, "background"), (1, "anterior")])
+    assert [(label.value, label.name, label.color) for label in table] == [
+        (1, "anterior", PALETTE[0]),
+        (2, "posterior", PALETTE[1]),
+    ]
+    assert make_labels([]) == ()
+
+
+def test_colors_differ_until_they_repeat() -> None:
+    assert len(set(PALETTE)) == len(PALETTE) == 20
+    table = make_labels((value, f"label {value}") for value in range(1, 22))
+    assert len({label.color for label in table[:20]}) == 20
+    assert table[20].color == table[0].color
+
+
+def test_a_label_survives_json() -> None:
+    label = Label(value=3, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney"))
+    assert Label.model_validate_json(label.model_dump_json()) == label
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"value": 0}, "greater than or equal to 1"),
+        ({"value": 1.5}, "valid integer"),
+        ({"color": "red"}, "match pattern"),
+        ({"color": "#FF0000"}, "match pattern"),
+        ({"colour": "#ff0000"}, "Extra inputs are not permitted"),
+        ({"snomed": {"value": "64033007"}}, "Field required"),
+    ],
+)
+def test_a_label_that_makes_no_sense_is_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Label.model_validate({"value": 1, "name": "kidney", "color": "#ff0000"} | change)
+
+
+def test_a_label_cannot_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        make_labels([(1, "kidney")])[0].name = "liver"  # type: ignore[misc]

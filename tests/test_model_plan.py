@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import tiny_plan
+from pydantic import ValidationError
+
+from medseg.errors import ModelError
+from medseg.labels import make_labels
+from medseg.model.plan import Network, Plan
+from medseg.process.normalize import CTNormalization
+
+
+@given(
+    spacing=st.tuples(*[st.floats(0.1, 10)] * 3),
+    patch=st.tuples(*[st.integers(1, 32).map(lambda n: 4 * n)] * 3),
+    order=st.sampled_from([1, 3]),
+    values=st.sets(st.integers(1, 70000), min_size=1, max_size=5),
+)
+def test_a_saved_plan_loads_as_it_was(tmp_path_factory, spacing, patch, order, values):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan = tiny_plan(
+        spacing_mm=spacing, patch=patch, order=order, labels=make_labels((v, f"organ {v}") for v in values)
+    )
+    plan.save(path)
+    assert Plan.load(path) == plan
+
+
+def edited(tmp_path, **changes):
+    path = tmp_path / "plan.json"
+    tiny_plan().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windowing": 3}, "windowing: Extra inputs are not permitted"),
+        ({"format": 2}, "format: Input should be 1"),
+        ({"spacing_mm": [1, 0, 1]}, "spacing_mm.1: Input should be greater than 0"),
+        ({"patch": [16, 15, 8]}, "must be divisible by the network's strides"),
+        ({"labels": []}, "labels: Tuple should have at least 1 item"),
+        ({"orientation": "RAX"}, "orientation: String should match pattern"),
+        ({"network": {"kind": "torch.nn.Linear"}}, r"network.kind: Input should be 'unet'.*\(and 4 more\)"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        Plan.load(edited(tmp_path, **changes))
+    assert caught.value.path == tmp_path / "plan.json"
+
+
+def test_a_missing_plan_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ModelError, match="a model folder needs a file plan.json"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_labels_need_ascending_values_of_their_own():
+    twice = (*make_labels([(1, "a")]), *make_labels([(1, "b")]))
+    with pytest.raises(ValidationError, match="each value once"):
+        tiny_plan(labels=twice)
+
+
+def test_a_network_needs_one_entry_for_each_resolution():
+    with pytest.raises(ValidationError, match="one entry per resolution"):
+        Network(features=(4, 8, 8), kernels=((3, 3, 3),) * 2, strides=((1, 1, 1),) * 3, heads=0)
+    with pytest.raises(ValidationError, match="heads at most levels - 2"):
+        Network(features=(4, 8, 8), kernels=((3, 3, 3),) * 3, strides=((1, 1, 1),) * 3, heads=2)
+
+
+def test_normalizations_are_told_apart_by_their_kind(tmp_path):
+    ct = CTNormalization(lower=-1000, upper=1000, mean=0, std=300)
+    plan = tiny_plan(channels=({"name": "CT", "normalization": ct.model_dump()},))
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").channels[0].normalization == ct

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_grid, rotation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import UNSCALED, Threshold, threshold_model, tiny_model, tiny_plan
+from torch import nn
+
+from medseg.errors import GeometryError, InputError, ModelError, UsageError
+from medseg.labels import make_labels
+from medseg.model.plan import Channel
+from medseg.model.preprocess import prepare
+from medseg.model.segmenter import Model, pick_device
+from medseg.model.weights import find_model, save_weights
+from medseg.volume import Grid, Volume
+
+
+def ball(grid: Grid, radius_mm: float = 9.0) -> Volume:
+    """Return a bright ball with a soft edge around the center of a grid; at `radius_mm` it has half its height."""
+    center = grid.to_world((np.asarray(grid.shape) - 1) / 2)
+    distance = np.linalg.norm(grid.to_world(np.stack(np.indices(grid.shape), axis=-1)) - center, axis=-1)
+    return Volume((100 / (1 + np.exp((distance - radius_mm) / 1.5))).astype(np.float32)[None], grid)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("step", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("shape", [(20, 37, 9), (5, 6, 7), (16, 16, 8), (40, 3, 1)])
+def test_blended_tiles_of_a_pointwise_network_are_the_network_on_the_whole_image(shape, step):
+    torch.manual_seed(0)
+    network = nn.Conv3d(1, 2, 1)
+    model = Model(tiny_plan(), [network], torch.device("cpu"))
+    image = Volume(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(shape, np.eye(4)))
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(image.array)[None])[0]
+    torch.testing.assert_close(model.logits(image, step=step), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_an_identity_network_gives_back_its_input_exactly(grid):
+    mask = np.random.default_rng(5).integers(0, 2, size=(1, *grid.shape)).astype(np.uint8)
+    model = threshold_model(0.5, spacing_mm=grid.reoriented("RAS").spacing_mm)
+    labels = model.segment(Volume(mask, grid))
+    assert labels.grid is grid
+    assert labels.array.dtype == np.uint8
+    np.testing.assert_array_equal(labels.array, mask)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kind=st.sampled_from(["RAS", "LPS", "PIR", "oblique"]),
+    spacing=st.tuples(*[st.floats(0.7, 2.5)] * 3),
+    orientation=st.sampled_from(["RAS", "LPS", "SAR"]),
+)
+def test_a_ball_is_found_on_any_grid_at_any_spacing_of_the_plan(kind, spacing, orientation):
+    image = ball(make_grid(kind, (33, 29, 15)))
+    model = threshold_model(50, spacing_mm=spacing, orientation=orientation)
+    found = model.segment(image).array[0] == 1
+    assert dice(found, image.array[0] > 50) > 0.97
+
+
+def test_a_tilted_stack_is_segmented_where_it_is():
+    affine = np.diag([1.2, 1.2, 3.0, 1.0])
+    affine[1, 2] = 3.0 * np.tan(np.deg2rad(20))  # each slice lies further to the front than the one below
+    affine[:3, :3] = rotation((3, 5, 8)) @ affine[:3, :3]
+    image = ball(Grid((28, 40, 14), affine))
+    assert not image.grid.is_orthogonal
+    found = threshold_model(50, spacing_mm=(1, 1, 1)).segment(image)
+    assert found.grid is image.grid
+    assert dice(found.array[0] == 1, image.array[0] > 50) > 0.97
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (30, 30, 1), (1, 40, 20), (3, 3, 3)])
+def test_constant_images_and_thin_volumes_are_background_and_no_error(shape):
+    for value in (0, -1000, 7.5):
+        image = Volume(np.full((1, *shape), value, np.float32), Grid(shape, np.eye(4)))
+        assert (Model(tiny_plan(), [Threshold(0.5)], torch.device("cpu")).segment(image).array == 0).all()
+
+
+def test_a_box_is_segmented_as_if_the_rest_were_not_there(grid):
+    image = Volume(np.random.default_rng(1).normal(size=(1, *grid.shape)), grid)
+    model = tiny_model()
+    ends = grid.to_world([(0.6, 0.6, 0.6), np.asarray(grid.shape) - 1.6])
+    start, stop = grid.covering(ends)
+    inside = model.segment(image.cropped(start, stop)).array
+    labels = model.segment(image, roi=ends).array
+    i, j, k = (slice(a, b) for a, b in zip(start, stop, strict=True))
+    np.testing.assert_array_equal(labels[:, i, j, k], inside)
+    labels[:, i, j, k] = 0
+    assert (labels == 0).all()
+
+
+def test_a_box_outside_the_image_is_refused(grid):
+    image = Volume(np.zeros((1, *grid.shape)), grid)
+    with pytest.raises(GeometryError, match="lies outside the image"):
+        tiny_model().segment(image, roi=((1000, 1000, 1000), (1010, 1010, 1010)))
+
+
+def test_logits_of_folds_are_averaged():
+    # Thresholds of 10 and 30 average to one of 20: their scores are linear.
+    plan = threshold_model(0).plan
+    model = Model(plan, [Threshold(10), Threshold(30)], torch.device("cpu"))
+    values = np.array([5, 15, 19, 21, 25, 35], np.float32).reshape(1, 6, 1, 1)
+    labels = model.segment(Volume(values, Grid((6, 1, 1), np.eye(4))))
+    assert labels.array[0, :, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_label_values_are_those_of_the_table_in_a_type_that_holds_them():
+    model = threshold_model(0.5, labels=make_labels([(70000, "far")]))
+    labels = model.segment(Volume(np.ones((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4))))
+    assert labels.array.dtype == np.uint32
+    assert (labels.array == 70000).all()
+
+
+def test_progress_counts_every_tile():
+    seen: list[tuple[int, int]] = []
+    image = Volume(np.zeros((1, 20, 16, 8)), Grid((20, 16, 8), np.eye(4)))
+    tiny_model().segment(image, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]  # 20 voxels, patch 16, step 8: two tiles
+
+
+def test_another_number_of_channels_is_refused():
+    channels = (Channel(name="T1", normalization=UNSCALED), Channel(name="FLAIR", normalization=UNSCALED))
+    image = Volume(np.zeros((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4)))
+    with pytest.raises(InputError, match=r"needs 2 channel\(s\) \(T1, FLAIR\) and the input has 1"):
+        tiny_model(tiny_plan(channels=channels)).segment(image)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.6, 0.6, 0.6)])
+def test_voxels_that_are_no_numbers_never_give_a_label_map(spacing):
+    array = np.zeros((1, 8, 8, 8), np.float32)
+    array[0, 1, 2, 3] = np.nan
+    with pytest.raises(InputError, match="NaN or infinite"):
+        tiny_model(tiny_plan(spacing_mm=spacing)).segment(Volume(array, Grid((8, 8, 8), np.eye(4))))
+
+
+def test_voxels_that_are_zero_stay_zero_where_the_plan_says_so():
+    plan = tiny_plan(
+        channels=({"name": "MR", "normalization": {"kind": "zscore", "nonzero": True}},), spacing_mm=(0.5, 1, 1)
+    )
+    array = np.zeros((1, 12, 6, 6), np.float32)
+    array[0, 6:] = np.random.default_rng(0).normal(100, 5, size=(6, 6, 6))
+    prepared = prepare(Volume(array, Grid((12, 6, 6), np.eye(4))), plan).array[0]
+    assert (prepared[:12] == 0).all()
+    assert abs(prepared[12:].mean()) < 0.1
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    model = tiny_model()
+    model.plan.save(tmp_path / "plan.json")
+    save_weights(model.networks[0], tmp_path / "fold_0.safetensors")
+    return tmp_path
+
+
+def test_a_model_folder_loads_anywhere_and_segments_the_same(model_folder, tmp_path_factory):
+    image = Volume(np.random.default_rng(1).normal(size=(1, 18, 20, 9)), make_grid("LPS", (18, 20, 9)))
+    moved = shutil.copytree(model_folder, tmp_path_factory.mktemp("elsewhere") / "model")
+    np.testing.assert_array_equal(Model.load(moved).segment(image).array, tiny_model().segment(image).array)
+
+
+def test_folds_can_be_chosen(model_folder):
+    shutil.copy(model_folder / "fold_0.safetensors", model_folder / "fold_3.safetensors")
+    assert len(Model.load(model_folder).networks) == 2
+    assert len(Model.load(model_folder, folds=[3]).networks) == 1
+    with pytest.raises(ModelError, match="cannot be read"):
+        Model.load(model_folder, folds=[1])
+
+
+def test_weights_that_are_missing_or_damaged_are_refused(model_folder):
+    file = model_folder / "fold_0.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="damaged") as caught:
+        Model.load(model_folder)
+    assert caught.value.path == file
+    file.unlink()
+    with pytest.raises(ModelError, match="at least one fold_N.safetensors"):
+        Model.load(model_folder)
+
+
+def test_a_pickle_is_refused_and_runs_nothing(model_folder, tmp_path_factory):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(trap), "w"))
+
+    trap = tmp_path_factory.mktemp("trap") / "sprung"
+    torch.save(Attack(), model_folder / "fold_0.safetensors")
+    with pytest.raises(ModelError, match="no safetensors file"):
+        Model.load(model_folder)
+    assert not trap.exists()
+
+
+def test_weights_of_another_plan_are_refused(model_folder):
+    tiny_plan(labels=make_labels([(1, "a"), (2, "b")])).save(model_folder / "plan.json")
+    with pytest.raises(ModelError, match=r"do not fit the plan: \d+ tensors differ, the first is"):
+        Model.load(model_folder)
+
+
+def test_an_unknown_model_lists_the_shipped_ones(tmp_path):
+    with pytest.raises(ModelError, match=r"ships \(hippocampus\)"):
+        find_model("liver")
+    assert find_model("hippocampus").name == "hippocampus"
+    assert find_model(tmp_path) == tmp_path
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(UsageError, match="no device 'abacus'"):
+        pick_device("abacus")
+    assert pick_device("cpu") == torch.device("cpu")

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import make_balls
+
+from medseg.errors import DatasetError
+from medseg.train.dataset import Dataset, read_dataset
+
+
+def write(folder, **fields):
+    (folder / "dataset.json").write_text(json.dumps(fields))
+    return folder
+
+
+def touch(*files):
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def test_medsegs_own_layout(tmp_path):
+    dataset = read_dataset(make_balls(tmp_path / "balls", cases=3))
+    assert dataset.name == "balls"
+    assert dataset.channels == ("MR",)
+    assert [(label.value, label.name) for label in dataset.labels] == [(1, "ball")]
+    assert [case.name for case in dataset] == ["case_0", "case_1", "case_2"]
+    assert dataset.cases[1].images == (tmp_path / "balls/images/case_1.nii.gz",)
+
+
+def test_nnunets_raw_layout_with_two_channels(tmp_path):
+    write(tmp_path, channel_names={"0": "T1", "1": "FLAIR"}, labels={"background": 0, "lesion": 7}, file_ending=".nrrd")
+    touch(*(tmp_path / f"imagesTr/{name}_000{c}.nrrd" for name in "ba" for c in (0, 1)))
+    touch(*(tmp_path / f"labelsTr/{name}.nrrd" for name in "ba"), tmp_path / "labelsTr/notes.txt")
+    dataset = read_dataset(tmp_path)
+    assert dataset.channels == ("T1", "FLAIR")
+    assert [(label.value, label.name) for label in dataset.labels] == [(7, "lesion")]
+    assert [[file.name for file in case.images] for case in dataset] == [
+        ["a_0000.nrrd", "a_0001.nrrd"],
+        ["b_0000.nrrd", "b_0001.nrrd"],
+    ]
+
+
+def test_the_decathlons_layout(tmp_path):
+    pairs = [{"image": f"./imagesTr/x_{n}.nii.gz", "label": f"./labelsTr/x_{n}.nii.gz"} for n in (2, 1)]
+    write(tmp_path, name="Heart", modality={"0": "MRI"}, labels={"0": "background", "1": "atrium"}, training=pairs)
+    touch(*(tmp_path / pair[key] for pair in pairs for key in pair))
+    dataset = read_dataset(tmp_path)
+    assert (dataset.name, dataset.channels, len(dataset)) == ("Heart", ("MRI",), 2)
+    assert [case.name for case in dataset] == ["x_1", "x_2"]
+    assert [(label.value, label.name) for label in dataset.labels] == [(1, "atrium")]
+
+
+@pytest.mark.realdata
+def test_real_datasets_are_read_as_they_are(realdata):
+    hippocampus = read_dataset(realdata / "hippocampus_mr")
+    assert (len(hippocampus), len(hippocampus.labels)) == (200, 2)
+    training, validation = hippocampus.fold(0)
+    assert (len(training), len(validation)) == (160, 40)
+    assert len(read_dataset(realdata / "head_neck_ct").labels) == 7
+
+
+def test_folds_are_scikit_learns_shuffled_ones(tmp_path):
+    dataset = read_dataset(make_balls(tmp_path / "balls", cases=11, shape=(4, 4, 4)))
+    # KFold(5, shuffle=True, random_state=12345).split(range(11)), test indices, worked out by scikit-learn 1.9.1.
+    expected = [[0, 3, 7], [6, 10], [8, 9], [1, 4], [2, 5]]
+    order = {case.name: place for place, case in enumerate(dataset)}
+    for fold, places in enumerate(expected):
+        training, validation = dataset.fold(fold)
+        assert [order[case.name] for case in validation] == places
+        assert {case.name for case in training} == set(order) - {case.name for case in validation}
+
+
+@pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 12)])
+def test_a_fold_that_cannot_be_is_refused(tmp_path, fold, folds):
+    dataset = Dataset("x", ("MR",), (), tuple(read_dataset(make_balls(tmp_path / "b", 6, (4, 4, 4)))))
+    with pytest.raises(DatasetError, match=rf"Fold {fold} of {folds} cannot be made from 6 cases"):
+        dataset.fold(fold, folds)
+
+
+def test_every_missing_file_is_listed(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=3, shape=(4, 4, 4))
+    (folder / "images/case_0.nii.gz").unlink()
+    (folder / "images/case_2.nii.gz").unlink()
+    with pytest.raises(
+        DatasetError, match=r"2 problem\(s\): case_0: channel 0 is missing; case_2: channel 0 is missing"
+    ):
+        read_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"labels": {"a": 1}}, "must name every channel"),
+        ({"channel_names": {"0": "CT", "2": "PET"}, "labels": {"a": 1}}, "must name every channel"),
+        ({"channel_names": {"0": "CT"}}, "a value of its own above 0"),
+        ({"channel_names": {"0": "CT"}, "labels": {"background": 0}}, "a value of its own above 0"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "a value of its own above 0"),
+        (
+            {"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}},
+            "regions and ignore labels cannot be trained yet",
+        ),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 2}}, "regions and ignore labels"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1}}, "there is no labelled image"),
+    ],
+)
+def test_a_dataset_json_that_says_too_little_is_refused(tmp_path, fields, message):
+    with pytest.raises(DatasetError, match=message):
+        read_dataset(write(tmp_path, **fields))
+
+
+def test_a_folder_without_a_dataset_json_or_with_a_broken_one_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+        read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(DatasetError, match="not valid JSON"):
+        read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text("[]")
+    with pytest.raises(DatasetError, match="one object"):
+        read_dataset(tmp_path)

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from datasets import make_balls
+from models import tiny_plan
+
+from medseg.errors import ModelError, OutputError, UsageError
+from medseg.io import load
+from medseg.model.plan import Plan
+from medseg.model.segmenter import Model
+from medseg.model.weights import state_of
+from medseg.train import loop
+from medseg.train.cache import prepare_cases
+from medseg.train.checkpoint import TrainState
+from medseg.train.dataset import read_dataset
+from medseg.train.fingerprint import fingerprint
+from medseg.train.loop import TrainProgress, mirror_axes, new_state, optimize, schedule, train_dataset, train_model
+from medseg.train.planner import make_plan
+from medseg.train.sampler import Sampler
+from medseg.train.settings import Budget, TrainSettings
+
+FAST = TrainSettings(folds=3)
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory):
+    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
+
+
+@pytest.fixture(scope="module")
+def plan(balls):
+    plan = make_plan(fingerprint(balls))
+    network = plan.network.model_copy(update={"features": tuple(6 for _ in plan.network.features)})
+    return plan.model_copy(update={"network": network})
+
+
+def weights(folder):
+    return state_of(Model.load(folder).networks[0])
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def test_a_short_training_finds_the_ball_and_leaves_a_model_that_runs_anywhere(balls, plan, tmp_path):
+    stages = []
+    model = train_model(balls, plan, tmp_path / "model", budget="60steps", settings=FAST, progress=stages.append)
+    scores = loop.validate_fold(model, balls, tmp_path / "model")
+    assert scores.mean["dice"] > 0.8
+    assert {now.stage for now in stages} == {"prepare", "train"}
+    last = stages[-1]
+    assert (last.done, last.step, last.seconds_left) == (1.0, 60, 0.0)
+    files = sorted(file.name for file in (tmp_path / "model").iterdir() if file.is_file())
+    assert files == [
+        "MODEL_CARD.md", "fold_0.history.csv", "fold_0.safetensors", "fold_0.scores.json", "plan.json", "train.json",
+    ]  # fmt: skip
+    history = list(csv.DictReader((tmp_path / "model/fold_0.history.csv").read_text().splitlines()))
+    assert [row["step"] for row in history] == ["50"]
+    written = json.loads((tmp_path / "model/fold_0.scores.json").read_text())
+    assert written["mean"]["dice"] == pytest.approx(scores.mean["dice"])
+    assert "| 0 | 2 | ball |" in (tmp_path / "model/MODEL_CARD.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(balls, plan, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_model(balls, plan, tmp_path / name, budget="6steps", settings=TrainSettings(folds=3, seed=seed))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    with pytest.raises(AssertionError):
+        assert_same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(balls, plan, tmp_path):
+    def stop_at_4(now: TrainProgress) -> None:
+        if now.stage == "train" and now.step == 4:
+            raise KeyboardInterrupt
+
+    options = {"budget": "9steps", "settings": FAST}
+    with pytest.raises(KeyboardInterrupt):
+        train_model(balls, plan, tmp_path / "stopped", **options, progress=stop_at_4)
+    assert (tmp_path / "stopped/fold_0.checkpoint").is_file()
+    train_model(balls, plan, tmp_path / "stopped", **options)
+    train_model(balls, plan, tmp_path / "straight", **options)
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
+    assert not (tmp_path / "stopped/fold_0.checkpoint").exists()
+
+
+def test_a_finished_fold_is_not_trained_again(balls, plan, tmp_path):
+    train_model(balls, plan, tmp_path, budget="2steps", settings=FAST)
+    before = (tmp_path / "fold_0.safetensors").stat().st_mtime_ns
+    stages: list[str] = []
+    train_model(balls, plan, tmp_path, budget="2steps", settings=FAST, progress=lambda now: stages.append(now.stage))
+    assert (tmp_path / "fold_0.safetensors").stat().st_mtime_ns == before
+    assert stages == []
+
+
+def test_a_fold_is_validated_without_the_folds_that_have_seen_its_cases(balls, plan, tmp_path):
+    for fold in (0, 1):
+        model = train_model(balls, plan, tmp_path, budget="1steps", fold=fold, settings=FAST)
+        assert len(model.networks) == 1
+    assert len(Model.load(tmp_path).networks) == 2
+
+
+def test_sigkill_costs_at_most_the_time_between_checkpoints(balls, plan, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    FAST.save(folder / "train.json")
+    dataset = balls.cases[0].label.parent.parent
+    code = (
+        "import sys, medseg.train.loop as loop; loop.CHECKPOINT_S = 0.0\n"
+        "loop.train_dataset(sys.argv[1], sys.argv[2], budget='12steps', folds=3)"
+    )
+    command = [sys.executable, "-c", code, str(dataset), str(folder)]
+    process = subprocess.Popen(command)
+    checkpoint = folder / "fold_0.checkpoint"
+    while not checkpoint.is_file():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = new_state(plan, FAST, torch.device("cpu"))
+    training, _ = balls.fold(0, FAST.folds)
+    state.load(checkpoint, loop._recipe(plan, FAST, Budget.parse("12steps"), training))
+    assert 1 <= state.step < 12
+    seen: list[int] = []
+    train_dataset(dataset, folder, budget="12steps", folds=3, progress=lambda now: seen.append(now.step))
+    assert seen[seen.index(state.step + 1)] == state.step + 1  # the next step, not the first
+    assert 1 not in seen
+    assert_same(weights(folder), weights_of_straight_run(balls, plan, tmp_path / "straight"))
+
+
+def weights_of_straight_run(balls, plan, folder):
+    train_model(balls, plan, folder, budget="12steps", settings=FAST)
+    return weights(folder)
+
+
+def test_a_plan_in_the_folder_is_followed_and_another_refused(balls, plan, tmp_path):
+    edited = plan.model_copy(update={"name": "edited by hand"})
+    tmp_path.joinpath("model").mkdir()
+    edited.save(tmp_path / "model/plan.json")
+    FAST.save(tmp_path / "model/train.json")
+    train_dataset(balls.cases[0].label.parent.parent, tmp_path / "model", budget="1steps", folds=3)
+    assert Plan.load(tmp_path / "model/plan.json").name == "edited by hand"
+    with pytest.raises(ModelError, match=r"another plan.json. Train into another folder"):
+        train_model(balls, plan, tmp_path / "model", budget="1steps", settings=FAST)
+
+
+def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(balls, plan, tmp_path):
+    state = new_state(plan, FAST, torch.device("cpu"))
+    state.save(tmp_path / "fold_0.checkpoint", "another")
+    with pytest.raises(ModelError, match="another plan, dataset, budget or settings"):
+        train_model(balls, plan, tmp_path, budget="3steps", settings=FAST)
+    (tmp_path / "fold_0.checkpoint").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="cannot be read. Delete it"):
+        train_model(balls, plan, tmp_path, budget="3steps", settings=FAST)
+
+
+def test_a_training_that_diverges_says_so(balls, plan, tmp_path):
+    settings = FAST.model_copy(update={"learning_rate": 1e30, "gradient_norm": 1e30})
+    with pytest.raises(ModelError, match="The training diverged: the loss is nan at step"):
+        train_model(balls, plan, tmp_path, budget="20steps", settings=settings)
+
+
+def test_a_model_folder_that_cannot_be_made_is_said_so(balls, plan, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="model folder cannot be made"):
+        train_model(balls, plan, tmp_path / "file" / "model", budget="1steps", settings=FAST)
+
+
+def test_a_time_budget_ends_in_time_and_the_learning_rate_with_it(balls, plan, tmp_path):
+    training, _ = balls.fold(0, 3)
+    sampler = Sampler(prepare_cases(training, plan, tmp_path), plan, 1, 0.5, ())
+    state = new_state(plan, FAST, torch.device("cpu"))
+    for _ in optimize(state, sampler, FAST, Budget(seconds=2.0)):
+        pass
+    assert state.seconds >= 2.0
+    assert state.step > 1
+    assert state.optimizer.param_groups[0]["lr"] < 0.5 * FAST.learning_rate
+
+
+def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=2, shape=(8, 8, 8))
+    cases = read_dataset(folder).cases
+    prepare_cases(cases, plan, tmp_path / "cache")
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    prepare_cases(cases, plan, tmp_path / "cache")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == first
+    cases[0].label.touch()
+    prepare_cases(cases, plan, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(first) + 3  # image, target and places of one case
+
+
+def test_patches_are_a_function_of_seed_step_and_sample(balls, plan, tmp_path):
+    prepared = prepare_cases(balls.cases, plan, tmp_path)
+    sampler = Sampler(prepared, plan, 7, 1.0, (0,))
+    again = Sampler(prepared, plan, 7, 1.0, (0,))
+    again.patch(3, 0)  # what was drawn before does not matter
+    for a, b in zip(sampler.patch(5, 1), again.patch(5, 1), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(sampler.patch(5, 1)[0], sampler.patch(5, 0)[0])
+    assert not torch.equal(sampler.patch(5, 1)[0], Sampler(prepared, plan, 8, 1.0, (0,)).patch(5, 1)[0])
+
+
+def test_patches_that_ask_for_foreground_have_it_and_keep_image_and_target_together(balls, plan, tmp_path):
+    sampler = Sampler(prepare_cases(balls.cases, plan, tmp_path), plan, 3, 1.0, (0, 1, 2))
+    for step in range(20):
+        image, target = sampler.patch(step, 0)
+        assert image.shape == (1, *plan.patch)
+        assert target.shape == (1, *plan.patch)
+        inside = target[0] == 1
+        assert inside.any()
+        # Normalized by its own mean and deviation, a ball is about two deviations brighter than the rest of the image.
+        assert image[0][inside].mean() > image[0][~inside].mean() + 1
+
+
+def test_a_patch_that_is_not_turned_is_the_image_itself(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sampler, "_warp", lambda *_: np.eye(3))
+    case = prepare_cases(balls.cases[:1], plan, tmp_path)[0]
+    small = plan.model_copy(update={"patch": (8, 8, 8)})
+    image, target = Sampler([case], small, 3, 0.0, ()).patch(0, 0)
+    found = [
+        start
+        for start in np.ndindex(*(size - 7 for size in case.target.shape))
+        if np.array_equal(case.target[tuple(slice(s, s + 8) for s in start)], target[0].numpy())
+        and np.allclose(case.image[0][tuple(slice(s, s + 8) for s in start)], image[0].numpy(), atol=1e-4)
+    ]
+    assert len(found) == 1
+
+
+def test_left_and_right_are_not_mirrored_where_labels_tell_them_apart():
+    from medseg.labels import make_labels
+
+    assert mirror_axes(tiny_plan(), TrainSettings()) == (0,)
+    assert mirror_axes(tiny_plan(orientation="SPL"), TrainSettings()) == (2,)
+    sided = tiny_plan(labels=make_labels([(1, "Kidney_Left"), (2, "Kidney_Right")]))
+    assert mirror_axes(sided, TrainSettings()) == ()
+    assert mirror_axes(sided, TrainSettings(mirror_axes=(1, 2))) == (1, 2)
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing():
+    assert schedule(0.05, 0.05) == 1
+    assert schedule(0.025, 0.05) == pytest.approx(0.5)
+    assert schedule(0.525, 0.05) == pytest.approx(0.5)
+    assert schedule(1.0, 0.05) == pytest.approx(0)
+    assert 0 < schedule(0, 0.05) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", Budget(seconds=90)), ("30m", Budget(seconds=1800)), ("1.5h", Budget(seconds=5400)),
+        ("500steps", Budget(steps=500)), ("1step", Budget(steps=1)), ("2epochs", Budget(steps=500)),
+    ],
+)  # fmt: skip
+def test_budgets_in_words(text, expected):
+    assert Budget.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "30", "0m", "-5m", "soon", "5 days"])
+def test_a_budget_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match="such as 30m, 8h, 20epochs or 500steps"):
+        Budget.parse(text)
+
+
+def test_settings_are_checked(tmp_path):
+    with pytest.raises(ModelError, match="cannot be read"):
+        TrainSettings.load(tmp_path / "train.json")
+    (tmp_path / "train.json").write_text('{"batch": 0}')
+    with pytest.raises(ModelError, match="batch: Input should be greater than or equal to 1"):
+        TrainSettings.load(tmp_path / "train.json")
+
+
+def test_label_files_of_a_trained_model_lie_where_the_image_does(balls, plan, tmp_path):
+    model = train_model(balls, plan, tmp_path, budget="1steps", settings=FAST)
+    image = load(balls.cases[2].images[0])
+    assert model.segment(image).grid.matches(image.grid)
+    assert isinstance(new_state(plan, FAST, torch.device("cpu")), TrainState)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import make_balls
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medseg.errors import DatasetError, ModelError
+from medseg.io import load, save
+from medseg.labels import make_labels
+from medseg.process.normalize import CTNormalization, ZScore
+from medseg.train.dataset import read_dataset
+from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
+from medseg.train.planner import PATCH_VOXELS, first_patch, make_plan, normalization, target_spacing, topology
+
+NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
+
+
+def facts(spacing, shape, nonzero=1.0):
+    return CaseFacts(name="x", shape=shape, spacing_mm=spacing, nonzero=nonzero, label_voxels={1: 10})
+
+
+def planned(cases, channel="MR"):
+    labels = make_labels([(1, "organ")])
+    return make_plan(
+        Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
+    )
+
+
+def test_hippocampus_gets_nnunets_patch_and_topology():
+    plan = planned([facts((1, 1, 1), (36, 50, 35))])
+    assert plan.patch == (40, 56, 40)
+    assert plan.network.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    assert plan.network.features == (16, 32, 64, 128)
+
+
+def test_thick_slices_are_not_halved_before_the_others_are_as_thick():
+    # 1 x 1 x 5 mm: in-plane halvings make 2, 4, 8 mm; along the third axis they begin once 5 < 2 x the finest.
+    kernels, strides = topology((160, 160, 16), (1, 1, 5))
+    assert strides[1:4] == ((2, 2, 1), (2, 2, 1), (2, 2, 2))
+    assert kernels[:4] == ((3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3))
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 600)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 8)] * 3),
+)
+def test_every_plan_is_valid_and_its_patch_within_bounds(shape, spacing):
+    plan = planned([facts(spacing, shape)])
+    divisor = np.array(plan.network.divisor)
+    assert (np.array(plan.patch) % divisor == 0).all()
+    assert (np.array(plan.patch) < np.array(shape) + divisor).all()
+    assert np.prod(np.array(plan.patch) - divisor + 1) <= PATCH_VOXELS
+    assert len(plan.network.strides) >= 3
+
+
+def test_a_patch_sees_as_far_along_every_axis_in_mm():
+    edges = np.array(first_patch((500, 500, 500), (0.5, 1, 2))) * (0.5, 1, 2)
+    assert np.ptp(edges) < 2.1  # within one voxel of the coarsest axis
+    assert first_patch((10, 500, 500), (1, 1, 1))[0] == 10
+
+
+def test_spacing_is_the_median_and_for_very_thick_slices_a_finer_one():
+    assert target_spacing([(1, 1, 1), (2, 1, 1), (3, 1, 1)]) == (2, 1, 1)
+    # The third axis: median 5 > 3 x 1, so its tenth percentile: 3 + 0.1 x 4 steps of ... numpy: 3.4
+    assert target_spacing([(1, 1, z) for z in (3, 4, 5, 6, 7)]) == pytest.approx((1, 1, 3.4))
+
+
+def test_normalization_follows_the_channels_name_and_the_share_of_zeros():
+    assert normalization("CT", NUMBERS, 1) == CTNormalization(lower=-60, upper=120, mean=40, std=20)
+    assert normalization("ct", NUMBERS, 0.1).kind == "ct"
+    assert normalization("T1", NUMBERS, 0.9) == ZScore(nonzero=False)
+    assert normalization("T1", NUMBERS, 0.5) == ZScore(nonzero=True)
+
+
+def test_a_fingerprint_says_what_the_cases_are(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=4)
+    found = fingerprint(read_dataset(folder))
+    image, labels = load(folder / "images/case_2.nii.gz"), load(folder / "labels/case_2.nii.gz")
+    assert image.grid.orientation == "PIR"
+    assert found.cases[2].shape == image.grid.reoriented("RAS").shape
+    assert found.cases[2].label_voxels == {1: int(labels.array.sum())}
+    assert found.intensities[0].mean == pytest.approx(180, abs=1)  # a ball is 80 brighter than the 100 around it
+    assert found.intensities[0].std == pytest.approx(15, abs=1)
+    found.save(tmp_path / "fingerprint.json")
+    assert Fingerprint.load(tmp_path / "fingerprint.json") == found
+
+
+def test_every_broken_case_is_listed(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=5, shape=(8, 8, 8))
+    image = load(folder / "images/case_1.nii.gz")
+    save(image.cropped((0, 0, 0), (8, 8, 7)), folder / "images/case_1.nii.gz")
+    labels = load(folder / "labels/case_2.nii.gz")
+    save(labels.with_array(labels.array + np.uint8(1)), folder / "labels/case_2.nii.gz")
+    (folder / "images/case_3.nii.gz").write_bytes(b"nothing")
+    image = load(folder / "images/case_4.nii.gz")
+    save(image.with_array(np.full_like(image.array, np.nan)), folder / "images/case_4.nii.gz")
+    with pytest.raises(DatasetError) as caught:
+        fingerprint(read_dataset(folder))
+    text = str(caught.value)
+    assert "4 problem(s)" in text
+    assert "case_1: Image and labels lie on different grids: shape (8, 8, 7) against (8, 8, 8)" in text
+    assert "case_2: label values [2] are not in dataset.json" in text
+    assert "case_3: " in text
+    assert "case_4: the image has voxels that are NaN or infinite" in text
+
+
+def test_a_dataset_without_one_labelled_voxel_is_refused(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
+    for file in (folder / "labels").iterdir():
+        labels = load(file)
+        save(labels.with_array(labels.array * 0), file)
+    with pytest.raises(DatasetError, match="no case has a labelled voxel"):
+        fingerprint(read_dataset(folder))
+
+
+def test_a_fingerprint_that_is_missing_or_wrong_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="cannot be read"):
+        Fingerprint.load(tmp_path / "fingerprint.json")
+    (tmp_path / "fingerprint.json").write_text('{"cases": 3}')
+    with pytest.raises(ModelError, match="not valid"):
+        Fingerprint.load(tmp_path / "fingerprint.json")
