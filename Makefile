@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/medseg demo demo_out
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(if $(REALDATA),--realdata $(REALDATA))
+	$(BIN)/python -m pytest $(if $(REALDATA),--realdata=$(REALDATA))
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def realdata(request: pytest.FixtureRequest) -> Path:
     folder = request.config.getoption("--realdata")
     if folder is None:
-        pytest.skip("reads real scans that are not part of the project; pass their folder with --realdata DIR")
+        pytest.skip("reads real scans that are not part of the project; pass their folder with --realdata=DIR")
     return Path(folder).resolve()
 
 

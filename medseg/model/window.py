@@ -32,7 +32,7 @@ class Window:
 
     @classmethod
     def over(cls, shape: Shape, patch: Shape, step: float) -> Window:
-        """Return the window over an image (I, J, K) of at least the patch; streamed along the axis with the least slab."""
+        """Return the window over an image (I, J, K) of at least the patch, streamed so that its slab is smallest."""
         i, j, k = (tile_starts(size, edge, step) for size, edge in zip(shape, patch, strict=True))
         slab = [edge / size for size, edge in zip(shape, patch, strict=True)]
         return cls(shape, patch, (i, j, k), slab.index(min(slab)))
@@ -47,7 +47,7 @@ class Window:
 def finished_rows(
     image: Tensor, window: Window, predict: Predict, outputs: int, *, progress: Progress | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first, logits) in order: finished rows along the streamed axis, from row `first` of the image on.
+    """Yield (first, logits) in order: finished rows along the streamed axis, from row `first` on.
 
     Consecutive parts overlap by one row, so that every voxel between two rows lies within one part. A part is a view of a
     buffer: use it before asking for the next. The blend weights of all tiles at a voxel add up to one.
