@@ -49,8 +49,8 @@ def finished_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first, logits) in order: finished rows along the streamed axis, from row `first` on.
 
-    Consecutive parts overlap by one row, so that every voxel between two rows lies within one part. A part is a view of a
-    buffer: use it before asking for the next. The blend weights of all tiles at a voxel add up to one.
+    Consecutive parts overlap by one row, so that every voxel between two rows lies within one part. A part is a view
+    of a buffer: use it before asking for the next. The blend weights of all tiles at a voxel add up to one.
     """
     axis, patch = window.axis, window.patch
     weights = [
