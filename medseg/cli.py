@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,26 +111,39 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         str | None, typer.Option(help="A box in mm of RAS+ world space: x,y,z,x,y,z. The rest stays 0.")
     ] = None,
     step: Annotated[float, typer.Option(help="Distance between tiles as a share of the patch.")] = 0.5,
+    mirror: Annotated[
+        bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")
+    ] = False,
+    reuse: Annotated[
+        bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")
+    ] = True,
     device: Device = None,
     assume_orientation: Assume = None,
+    report: Annotated[Path | None, typer.Option(help="Write times, memory and volumes of each scan as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Segment a scan, or each scan of a folder; labels are written on the scan's own grid."""
-    from medseg.model.run import Outcome, segment_file, segment_folder, volume_files
+    from medseg.io.files import written_whole
+    from medseg.model.run import Options, Outcome, segment_file, segment_folder, volume_files
     from medseg.model.segmenter import Model
 
     loaded = Model.load(model, device=device)
     channels = tuple(Path(part) for part in source.split(","))
-    options: dict[str, Any] = {"roi": _box(roi), "step": step, "assume_orientation": assume_orientation}
+    options = Options(_box(roi), step, mirror, reuse, assume_orientation)
+    outcomes: list[Outcome]
     with _progress() as show:
-        options["progress"] = lambda name, done, total: show(name, done / total, "")
-        outcomes: list[Outcome]
-        if len(channels) == 1 and channels[0].is_dir() and volume_files(channels[0]):
-            outcomes = list(segment_folder(loaded, channels[0], target, **options))
+        first = channels[0]
+        if len(channels) == 1 and first.is_dir() and volume_files(first):
+            outcomes = list(segment_folder(loaded, first, target, options, progress=_tiles(show)))
         else:
-            outcomes = [segment_file(loaded, channels[0] if len(channels) == 1 else channels, target, **options)]
+            scan = first if len(channels) == 1 else channels
+            outcomes = [segment_file(loaded, scan, target, options, progress=_tiles(show))]
+    content = [outcome.to_dict() for outcome in outcomes]
+    if report is not None:
+        with written_whole(report) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        _print_json([outcome.to_dict() for outcome in outcomes])
+        _print_json(content)
     for outcome in outcomes:
         if outcome.error is not None:
             _print_error(outcome.error, outcome.source)
@@ -240,6 +254,18 @@ def _progress() -> Iterator[Callable[[str, float, str], None]]:
             bar.update(stages[stage], completed=done, detail=detail)
 
         yield show
+
+
+def _tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], None]:
+    began: dict[str, float] = {}
+
+    def report(name: str, done: int, total: int) -> None:
+        seconds = time.monotonic() - began.setdefault(name, time.monotonic())
+        speed = (done - 1) / seconds if seconds else math.nan
+        left = _clock((total - done) / speed) if done > 1 else "?"
+        show(name, done / total, f"tile {done} of {total}  {speed:.1f}/s  {left} left" if done > 1 else "")
+
+    return report
 
 
 def _print_error(error: MedsegError, path: object) -> None:

@@ -133,6 +133,15 @@ def test_segment_prints_volumes_for_machines(run, scan, model_folder, tmp_path):
     assert result["labels"][0]["volume_ml"] == pytest.approx(float((labels.array == 1).sum()) * 3 / 1000)
 
 
+def test_a_report_is_written_with_times_and_tiles(run, scan, model_folder, tmp_path):
+    command = ("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--report", tmp_path / "report.json")
+    assert run(*command, "--no-reuse", "--mirror")[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())[0]
+    assert report["tiles_run"] > 0
+    assert report["tiles_reused"] == 0
+    assert {"read", "prepare", "network", "blend", "export", "measure", "write"} <= set(report["stages"])
+
+
 def test_segment_a_box(run, scan, model_folder, tmp_path):
     assert run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--roi=-9,0,0,-1,6,6")[0] == 0
     labels = load(tmp_path / "labels.nii.gz").array[0]

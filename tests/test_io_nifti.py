@@ -229,6 +229,12 @@ def test_a_cut_gzip_is_refused_even_where_only_its_checksum_is_lost(tmp_path: Pa
         nifti.read(path)
 
 
+def test_a_whole_gzip_with_too_few_voxels_is_refused_and_with_more_bytes_is_not(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match="cut short, damaged"):
+        nifti.read(make_nifti(tmp_path / "a.nii.gz", **set_dims(4, 5, 7)))
+    assert nifti.read(make_nifti(tmp_path / "a.nii.gz", **set_dims(4, 5, 5))).grid.shape == (4, 5, 5)
+
+
 def test_a_changed_byte_in_a_gzip_is_refused(tmp_path: Path) -> None:
     path = make_nifti(tmp_path / "a.nii.gz")
     content = bytearray(path.read_bytes())

@@ -23,7 +23,7 @@ from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loop import TrainProgress, mirror_axes, new_state, optimize, schedule, train_dataset, train_model
+from medseg.train.loop import TrainProgress, new_state, optimize, schedule, train_dataset, train_model
 from medseg.train.planner import make_plan
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -180,7 +180,7 @@ def test_a_model_folder_that_cannot_be_made_is_said_so(balls, plan, tmp_path):
 
 def test_a_time_budget_ends_in_time_and_the_learning_rate_with_it(balls, plan, tmp_path):
     training, _ = balls.fold(0, 3)
-    sampler = Sampler(prepare_cases(training, plan, tmp_path), plan, 1, 0.5, ())
+    sampler = Sampler(prepare_cases(training, plan, tmp_path), plan, 1, 0.5)
     state = new_state(plan, FAST, torch.device("cpu"))
     for _ in optimize(state, sampler, FAST, Budget(seconds=2.0)):
         pass
@@ -203,17 +203,19 @@ def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, 
 
 def test_patches_are_a_function_of_seed_step_and_sample(balls, plan, tmp_path):
     prepared = prepare_cases(balls.cases, plan, tmp_path)
-    sampler = Sampler(prepared, plan, 7, 1.0, (0,))
-    again = Sampler(prepared, plan, 7, 1.0, (0,))
+    sampler = Sampler(prepared, plan, 7, 1.0)
+    again = Sampler(prepared, plan, 7, 1.0)
     again.patch(3, 0)  # what was drawn before does not matter
     for a, b in zip(sampler.patch(5, 1), again.patch(5, 1), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(sampler.patch(5, 1)[0], sampler.patch(5, 0)[0])
-    assert not torch.equal(sampler.patch(5, 1)[0], Sampler(prepared, plan, 8, 1.0, (0,)).patch(5, 1)[0])
+    assert not torch.equal(sampler.patch(5, 1)[0], Sampler(prepared, plan, 8, 1.0).patch(5, 1)[0])
 
 
 def test_patches_that_ask_for_foreground_have_it_and_keep_image_and_target_together(balls, plan, tmp_path):
-    sampler = Sampler(prepare_cases(balls.cases, plan, tmp_path), plan, 3, 1.0, (0, 1, 2))
+    sampler = Sampler(
+        prepare_cases(balls.cases, plan, tmp_path), plan.model_copy(update={"mirror_axes": (0, 1, 2)}), 3, 1.0
+    )
     for step in range(20):
         image, target = sampler.patch(step, 0)
         assert image.shape == (1, *plan.patch)
@@ -228,7 +230,7 @@ def test_a_patch_that_is_not_turned_is_the_image_itself(balls, plan, tmp_path, m
     monkeypatch.setattr(Sampler, "_warp", lambda *_: np.eye(3))
     case = prepare_cases(balls.cases[:1], plan, tmp_path)[0]
     small = plan.model_copy(update={"patch": (8, 8, 8)})
-    image, target = Sampler([case], small, 3, 0.0, ()).patch(0, 0)
+    image, target = Sampler([case], small, 3, 0.0).patch(0, 0)
     found = [
         start
         for start in np.ndindex(*(size - 7 for size in case.target.shape))
@@ -236,16 +238,6 @@ def test_a_patch_that_is_not_turned_is_the_image_itself(balls, plan, tmp_path, m
         and np.allclose(case.image[0][tuple(slice(s, s + 8) for s in start)], image[0].numpy(), atol=1e-4)
     ]
     assert len(found) == 1
-
-
-def test_left_and_right_are_not_mirrored_where_labels_tell_them_apart():
-    from medseg.labels import make_labels
-
-    assert mirror_axes(tiny_plan(), TrainSettings()) == (0,)
-    assert mirror_axes(tiny_plan(orientation="SPL"), TrainSettings()) == (2,)
-    sided = tiny_plan(labels=make_labels([(1, "Kidney_Left"), (2, "Kidney_Right")]))
-    assert mirror_axes(sided, TrainSettings()) == ()
-    assert mirror_axes(sided, TrainSettings(mirror_axes=(1, 2))) == (1, 2)
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing():

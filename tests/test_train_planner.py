@@ -12,7 +12,15 @@ from medseg.labels import make_labels
 from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
-from medseg.train.planner import PATCH_VOXELS, first_patch, make_plan, normalization, target_spacing, topology
+from medseg.train.planner import (
+    PATCH_VOXELS,
+    first_patch,
+    make_plan,
+    mirror_axes,
+    normalization,
+    target_spacing,
+    topology,
+)
 
 NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
 
@@ -121,3 +129,8 @@ def test_a_fingerprint_that_is_missing_or_wrong_is_refused(tmp_path):
     (tmp_path / "fingerprint.json").write_text('{"cases": 3}')
     with pytest.raises(ModelError, match="not valid"):
         Fingerprint.load(tmp_path / "fingerprint.json")
+
+
+def test_left_and_right_are_not_mirrored_where_labels_tell_them_apart():
+    assert mirror_axes(make_labels([(1, "liver")])) == (0,)
+    assert mirror_axes(make_labels([(1, "Kidney_Left"), (2, "Kidney_Right")])) == ()

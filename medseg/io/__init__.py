@@ -16,6 +16,9 @@ from medseg.volume import Array, Grid, Volume
 
 AnyPath = str | os.PathLike[str]
 
+VOLUME_ENDINGS = (*nifti.WRITTEN_ENDINGS, *itk.WRITTEN_ENDINGS)
+"""How the names of volumes end that can be read and written."""
+
 
 def load(path: AnyPath | Sequence[AnyPath], *, assume_orientation: str | None = None) -> Volume:
     """Return the image that `path` holds: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.

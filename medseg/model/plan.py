@@ -63,7 +63,8 @@ class Plan(BaseModel):
     """What a model decides about an image before its network sees it, and what its outputs mean.
 
     An image is reoriented to `orientation`, resampled to `spacing_mm` with splines of `order`, normalized per channel
-    and cut into tiles of `patch` voxels. The network's output 0 is background, output n the n-th label of the table.
+    and cut into tiles of `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped
+    along them in use. The network's output 0 is background, output n the n-th label of the table.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +77,7 @@ class Plan(BaseModel):
     spacing_mm: tuple[Length, Length, Length]
     patch: Triple
     order: Literal[1, 3] = 3
+    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     network: Network
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -12,8 +13,10 @@ import torch
 from medseg.errors import ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
+from medseg.model.predict import Predictor
 from medseg.model.preprocess import prepare
 from medseg.model.stream import labels_from_rows
+from medseg.model.timing import Report
 from medseg.model.weights import find_model, load_network
 from medseg.model.window import Progress, Window, finished_rows
 from medseg.process.patches import padding_to
@@ -54,53 +57,90 @@ class Model:
         return cls(plan, [load_network(plan, file) for file in files], pick_device(device))
 
     def segment(
-        self, volume: Volume, *, roi: Box | None = None, step: float = 0.5, progress: Progress | None = None
+        self,
+        volume: Volume,
+        *,
+        roi: Box | None = None,
+        step: float = 0.5,
+        mirror: bool = False,
+        reuse: bool = True,
+        progress: Progress | None = None,
+        report: Report | None = None,
     ) -> Volume:
         """Return the label map of an image (C, I, J, K), on its grid, in the smallest unsigned type that holds it.
 
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
-        `step` is the distance between tiles as a share of the patch. Raises InputError for an image that does not fit
-        the plan, GeometryError for a box outside it.
+        `step` is the distance between tiles as a share of the patch. `mirror` averages the logits over the flips that
+        the plan allows. `reuse` computes tiles of one constant value once, with the same result. `report` is filled in.
+        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it.
         """
+        report = report or Report()
         values = np.array([0, *(label.value for label in self.plan.labels)])
         values = values.astype(np.min_scalar_type(int(values.max())))
         start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
         part = volume.cropped(start, stop)
-        prepared = prepare(part, self.plan)
-        axis, rows = self._rows(prepared, step, progress)
-        labels = labels_from_rows(rows, axis, prepared.grid, part.grid, values)
+        with report.stage("prepare"):
+            prepared = prepare(part, self.plan)
+        predictor = Predictor(self._run, mirror_axes=self.plan.mirror_axes if mirror else (), reuse=reuse)
+        axis, rows = self._rows(prepared, step, predictor, progress, report)
+        with report.stage("export"):
+            labels = labels_from_rows(rows, axis, prepared.grid, part.grid, values)
+        report.facts |= {"device": str(self.device), "tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         if roi is not None:
             inside, labels = labels, np.zeros(volume.grid.shape, values.dtype)
             labels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = inside
         return volume.with_array(labels[None])
 
-    def logits(self, prepared: Volume, *, step: float = 0.5) -> Tensor:
+    def logits(self, prepared: Volume, *, step: float = 0.5, mirror: bool = False, reuse: bool = True) -> Tensor:
         """Return the logits (outputs, I, J, K) of a prepared image: tiles blended by a Gaussian, folds averaged."""
-        axis, rows = self._rows(prepared, step, None)
+        predictor = Predictor(self._run, mirror_axes=self.plan.mirror_axes if mirror else (), reuse=reuse)
+        axis, rows = self._rows(prepared, step, predictor, None, Report())
         result = torch.empty((self.plan.outputs, *prepared.grid.shape), device=self.device)
         for first, part in rows:
             result.narrow(axis + 1, first, part.shape[axis + 1]).copy_(part)
         return result
 
     def _rows(
-        self, prepared: Volume, step: float, progress: Progress | None
+        self, prepared: Volume, step: float, predictor: Predictor, progress: Progress | None, report: Report
     ) -> tuple[int, Iterator[tuple[int, Tensor]]]:
         """Return the streamed axis and the finished rows of logits, without the padding that brings it to the patch."""
         padding = padding_to(prepared.grid.shape, self.plan.patch)
-        image = torch.from_numpy(np.pad(prepared.array, ((0, 0), *padding))).to(self.device)
+        image = torch.from_numpy(np.pad(prepared.array, ((0, 0), *padding)))
         _, i, j, k = image.shape
         window = Window.over((i, j, k), self.plan.patch, step)
 
+        def predict(tiles: Sequence[Tensor]) -> list[Tensor]:
+            with report.stage("network"):
+                return predictor(tiles)
+
         def rows() -> Iterator[tuple[int, Tensor]]:
             with torch.inference_mode():
-                for first, logits in finished_rows(image, window, self._predict, self.plan.outputs, progress=progress):
+                buffer = _zeros(window.buffer_shape(self.plan.outputs), self.device)
+                parts = finished_rows(image, window, predict, buffer, batch=predictor.batch, progress=progress)
+                while True:
+                    with report.stage("blend"):
+                        first, logits = next(parts, (0, None))
+                    if logits is None:
+                        return
                     yield _without_padding(first, logits, window.axis, padding, prepared.grid.shape)
 
         return window.axis, rows()
 
-    def _predict(self, tile: Tensor) -> Tensor:
-        logits = [network(tile[None])[0].float() for network in self.networks]
+    def _run(self, batch: Tensor) -> Tensor:
+        batch = batch.to(self.device)
+        logits = [network(batch).float() for network in self.networks]
         return torch.stack(logits).mean(dim=0) if len(logits) > 1 else logits[0]
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return zeros on the device, or on the host where the device has no room for them."""
+    try:
+        return torch.zeros(shape, device=device)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            "The device has no room for the logits; they are kept on the host, which is slower.", stacklevel=2
+        )
+        return torch.zeros(shape)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -5,7 +5,7 @@ Memory holds one patch length of logits along that axis, whatever the length of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from medseg.process.patches import Shape, normalized_weights, tile_starts
 
-Predict = Callable[[Tensor], Tensor]
-"""From a tile (C, I, J, K) to its logits (outputs, I, J, K)."""
+Predict = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From tiles (C, I, J, K) to the logits (outputs, I, J, K) of each."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of tiles done and the number there are."""
@@ -43,44 +43,59 @@ class Window:
         i, j, k = self.starts
         return len(i) * len(j) * len(k)
 
+    def row(self, place: int) -> list[tuple[int, int, int]]:
+        """Return the tiles, as places in `starts`, that begin at one start along the streamed axis."""
+        counts = [range(len(starts)) for starts in self.starts]
+        counts[self.axis] = range(place, place + 1)
+        return list(product(counts[0], counts[1], counts[2]))
+
+    def buffer_shape(self, outputs: int) -> tuple[int, ...]:
+        """Return the shape of what must be held: one patch along the streamed axis, and the row before it."""
+        shape = [outputs, *self.shape]
+        shape[self.axis + 1] = self.patch[self.axis] + 1
+        return tuple(shape)
+
+    def shares(self, like: Tensor) -> list[list[Tensor]]:
+        """Return, for each axis and each start, the shares that a tile has in the blend, on the device of `like`."""
+        return [
+            [torch.from_numpy(share).to(like) for share in normalized_weights(size, edge, starts)]
+            for size, edge, starts in zip(self.shape, self.patch, self.starts, strict=True)
+        ]
+
 
 def finished_rows(
-    image: Tensor, window: Window, predict: Predict, outputs: int, *, progress: Progress | None = None
+    image: Tensor, window: Window, predict: Predict, buffer: Tensor, *, batch: int = 1, progress: Progress | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first, logits) in order: finished rows along the streamed axis, from row `first` on.
 
-    Consecutive parts overlap by one row, so that every voxel between two rows lies within one part. A part is a view
-    of a buffer: use it before asking for the next. The blend weights of all tiles at a voxel add up to one.
+    `buffer` is what `window.buffer_shape` says, full of zeros, on any device. Consecutive parts overlap by one row, so
+    that every voxel between two rows lies within one part. A part is a view of the buffer: use it before asking for
+    the next.
     """
-    axis, patch = window.axis, window.patch
-    weights = [
-        [torch.from_numpy(w).to(image) for w in normalized_weights(size, edge, starts)]
-        for size, edge, starts in zip(window.shape, patch, window.starts, strict=True)
-    ]
-    # One row more than the patch: the last finished row stays for interpolation with the next.
-    size = [outputs, *window.shape]
-    size[axis + 1] = patch[axis] + 1
-    buffer = torch.zeros(size, device=image.device)
-    others = [d for d in range(3) if d != axis]
-    base, done = 0, 0
+    axis, base, done = window.axis, 0, 0
+    shares = window.shares(buffer)
     for place, start in enumerate(window.starts[axis]):
         base = _advance(buffer, axis + 1, base, max(0, start - 1))
-        for pair in product(*(range(len(window.starts[d])) for d in others)):
-            index = [0, 0, 0]
-            index[axis], index[others[0]], index[others[1]] = place, *pair
-            corner = [window.starts[d][index[d]] for d in range(3)]
-            tile = image[(slice(None), *(slice(c, c + edge) for c, edge in zip(corner, patch, strict=True)))]
-            wi, wj, wk = (weights[d][index[d]] for d in range(3))
-            corner[axis] -= base
-            target = buffer[(slice(None), *(slice(c, c + edge) for c, edge in zip(corner, patch, strict=True)))]
-            target.addcmul_(predict(tile), wi[:, None, None] * wj[:, None] * wk)
-            done += 1
+        row = window.row(place)
+        for first in range(0, len(row), batch):
+            some = row[first : first + batch]
+            corners = [[window.starts[d][tile[d]] for d in range(3)] for tile in some]
+            logits = predict([image[_box(corner, window.patch)] for corner in corners])
+            for tile, corner, scores in zip(some, corners, logits, strict=True):
+                corner[axis] -= base
+                i, j, k = (shares[d][tile[d]] for d in range(3))
+                target = buffer[_box(corner, window.patch)]
+                target.addcmul_(scores.to(buffer.device), i[:, None, None] * j[:, None] * k)
+            done += len(some)
             if progress:
                 progress(done, window.tiles)
         last = place + 1 == len(window.starts[axis])
         end = window.shape[axis] if last else window.starts[axis][place + 1]
-        if end - base > 0:
-            yield base, buffer.narrow(axis + 1, 0, end - base)
+        yield base, buffer.narrow(axis + 1, 0, end - base)
+
+
+def _box(corner: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
+    return (slice(None), *(slice(start, start + edge) for start, edge in zip(corner, patch, strict=True)))
 
 
 def _advance(buffer: Tensor, dim: int, base: int, new_base: int) -> int:

@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import DatasetError, GeometryError, MedsegError, UsageError
-from medseg.io import itk, load, nifti
+from medseg.io import VOLUME_ENDINGS, load
 from medseg.io.files import reading, written_whole
 from medseg.labels import Label, make_labels
 from medseg.report.measurements import label_map, measure
 from medseg.volume import Volume
 
-ENDINGS = (*nifti.WRITTEN_ENDINGS, *itk.WRITTEN_ENDINGS)
 COUNTS = ("true_positives", "false_positives", "false_negatives")
 SCORES = ("dice", "iou", "precision", "recall", "volume_reference_ml", "volume_predicted_ml", "volume_difference_ml")
 
@@ -171,7 +170,7 @@ def evaluate_folder(
     """
     given, wanted = _files_by_name(Path(predictions)), _files_by_name(Path(references))
     if not wanted:
-        raise DatasetError(f"The folder of references holds no {', '.join(ENDINGS)} file.", path=references)
+        raise DatasetError(f"The folder of references holds no {', '.join(VOLUME_ENDINGS)} file.", path=references)
     table = _labels_in(wanted.values()) if labels is None else labels
     return Scores(tuple(_score_case(name, given.get(name), file, table) for name, file in wanted.items()))
 
@@ -235,7 +234,7 @@ def _files_by_name(folder: Path) -> dict[str, Path]:
         raise UsageError("Predictions and references are two folders; one of them is not there.", path=folder)
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        ending = next((ending for ending in ENDINGS if file.name.lower().endswith(ending)), None)
+        ending = next((ending for ending in VOLUME_ENDINGS if file.name.lower().endswith(ending)), None)
         if ending is None or file.name.startswith("."):
             continue
         name = file.name[: -len(ending)]

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from medseg.errors import DatasetError
+from medseg.io import VOLUME_ENDINGS
 from medseg.labels import Label, make_labels
-
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 FOLD_SEED = 12345
 """The seed of nnU-Net's folds, so that results on a public dataset can be compared case by case."""
@@ -143,7 +142,7 @@ def _folder_cases(root: Path, content: Mapping[str, Any], channels: int) -> list
     images, labels = (
         (root / "imagesTr", root / "labelsTr") if (root / "imagesTr").is_dir() else (root / "images", root / "labels")
     )
-    endings = (str(content["file_ending"]),) if "file_ending" in content else ENDINGS
+    endings = (str(content["file_ending"]),) if "file_ending" in content else VOLUME_ENDINGS
     cases = []
     for label in sorted(labels.glob("*")) if labels.is_dir() else ():
         name = _stem(label.name)
@@ -157,7 +156,7 @@ def _folder_cases(root: Path, content: Mapping[str, Any], channels: int) -> list
 
 
 def _stem(file_name: str) -> str:
-    for ending in ENDINGS:
+    for ending in sorted(VOLUME_ENDINGS, key=len, reverse=True):
         if file_name.endswith(ending):
             return file_name[: -len(ending)]
     return Path(file_name).stem

@@ -123,7 +123,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
         if checkpoint.is_file():
             state.load(checkpoint, recipe)
         prepared = prepare_cases(training, plan, where / "cache", progress=_in_stage("prepare", progress))
-        sampler = Sampler(prepared, plan, settings.seed, settings.foreground, mirror_axes(plan, settings))
+        sampler = Sampler(prepared, plan, settings.seed, settings.foreground)
         _train(
             state, optimize(state, sampler, settings, limit), limit, lambda: state.save(checkpoint, recipe), progress
         )
@@ -187,15 +187,6 @@ def schedule(done: float, warmup: float) -> float:
     if done < warmup:
         return max(done, 1e-3) / warmup
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-def mirror_axes(plan: Plan, settings: TrainSettings) -> tuple[int, ...]:
-    """Return the axes that patches may be flipped along: those asked for, else left-right where no label has a side."""
-    if settings.mirror_axes is not None:
-        return settings.mirror_axes
-    if any(side in label.name.lower() for label in plan.labels for side in ("left", "right")):
-        return ()
-    return tuple(axis for axis, letter in enumerate(plan.orientation) if letter in "LR")
 
 
 def _train(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from medseg.labels import Label
 from medseg.model.plan import Channel, Network, Plan, Triple
 from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
@@ -46,6 +47,7 @@ def make_plan(fingerprint: Fingerprint) -> Plan:
         labels=fingerprint.labels,
         spacing_mm=spacing,
         patch=(patch[0], patch[1], patch[2]),
+        mirror_axes=mirror_axes(fingerprint.labels),
         network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
     )
 
@@ -124,6 +126,14 @@ def normalization(channel: str, numbers: Intensities, nonzero: float) -> CTNorma
         std = max(numbers.std, 1e-6)
         return CTNormalization(lower=numbers.percentile_00_5, upper=numbers.percentile_99_5, mean=numbers.mean, std=std)
     return ZScore(nonzero=nonzero < 0.75)
+
+
+def mirror_axes(labels: Sequence[Label]) -> tuple[int, ...]:
+    """Return the axes that patches are flipped along: left-right (the first in RAS), where no label has a side.
+
+    Empirical: bodies are nearly symmetric in that plane alone; a kidney on the wrong side is what must not be learned.
+    """
+    return () if any(side in label.name.lower() for label in labels for side in ("left", "right")) else (0,)
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -28,7 +28,6 @@ class Sampler:
     plan: Plan
     seed: int
     foreground: float
-    mirror_axes: tuple[int, ...]
 
     def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the images (B, C, I, J, K) and targets (B, 1, I, J, K) of a step."""
@@ -71,7 +70,7 @@ class Sampler:
                 matrix = matrix @ _rotation(axis, np.deg2rad(random.uniform(-ROTATION_DEGREES, ROTATION_DEGREES)))
         if random.random() < SCALING_SHARE:
             matrix = matrix * random.uniform(*SCALING_RANGE)
-        for axis in self.mirror_axes:
+        for axis in self.plan.mirror_axes:
             if random.random() < 0.5:
                 matrix[:, axis] = -matrix[:, axis]
         spacing = np.asarray(self.plan.spacing_mm)

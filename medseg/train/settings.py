@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from os import PathLike
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,8 +49,7 @@ class TrainSettings(BaseModel):
 
     `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
     `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
-    patches that are centered on a labelled voxel. `mirror_axes` are array axes in RAS that may be flipped; by default
-    left-right, unless a label is named for a side.
+    patches that are centered on a labelled voxel.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +61,6 @@ class TrainSettings(BaseModel):
     ema: float = Field(default=0.99, ge=0, lt=1)
     gradient_norm: float = Field(default=12.0, gt=0)
     foreground: float = Field(default=0.5, ge=0, le=1)
-    mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] | None = None
     folds: int = Field(default=5, ge=2)
     seed: int = Field(default=12345, ge=0)
 
