@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import rotation
 
 from medseg.io import save
 from medseg.volume import Grid, Volume
+
+torch.set_num_threads(1)
 
 
 def make_balls(folder: Path, cases: int = 6, shape: tuple[int, int, int] = (22, 24, 18)) -> Path:

@@ -36,7 +36,7 @@ def test_rows_leave_in_order_once_each_and_whole(shape, patch, step, batch):
         assert first == max(0, covered - 1)  # one row of overlap
         old = result.narrow(window.axis + 1, first, covered - first).clone()
         result.narrow(window.axis + 1, first, rows).copy_(logits)
-        assert torch.equal(result.narrow(window.axis + 1, first, covered - first), old)  # a finished row stays as it was
+        assert torch.equal(result.narrow(window.axis + 1, first, covered - first), old)  # finished rows stay
         covered = first + rows
     assert covered == shape[window.axis]
     torch.testing.assert_close(result, image, rtol=1e-5, atol=1e-4)
@@ -122,7 +122,8 @@ def test_out_of_memory_for_one_tile_is_not_hidden():
 
 def test_a_device_without_room_for_the_logits_leaves_them_on_the_host(monkeypatch):
     model = tiny_model()
-    image = Volume(np.random.default_rng(0).normal(size=(1, 20, 16, 8)).astype(np.float32), Grid((20, 16, 8), np.eye(4)))
+    voxels = np.random.default_rng(0).normal(size=(1, 20, 16, 8)).astype(np.float32)
+    image = Volume(voxels, Grid((20, 16, 8), np.eye(4)))
     expected = model.segment(image)
     zeros = torch.zeros
 

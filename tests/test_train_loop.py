@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import signal
 import subprocess
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import make_balls
-from models import tiny_plan
 
 from medseg.errors import ModelError, OutputError, UsageError
 from medseg.io import load
@@ -55,12 +55,12 @@ def assert_same(a, b):
 
 def test_a_short_training_finds_the_ball_and_leaves_a_model_that_runs_anywhere(balls, plan, tmp_path):
     stages = []
-    model = train_model(balls, plan, tmp_path / "model", budget="60steps", settings=FAST, progress=stages.append)
+    model = train_model(balls, plan, tmp_path / "model", budget="50steps", settings=FAST, progress=stages.append)
     scores = loop.validate_fold(model, balls, tmp_path / "model")
     assert scores.mean["dice"] > 0.8
     assert {now.stage for now in stages} == {"prepare", "train"}
     last = stages[-1]
-    assert (last.done, last.step, last.seconds_left) == (1.0, 60, 0.0)
+    assert (last.done, last.step, last.seconds_left) == (1.0, 50, 0.0)
     files = sorted(file.name for file in (tmp_path / "model").iterdir() if file.is_file())
     assert files == [
         "MODEL_CARD.md", "fold_0.history.csv", "fold_0.safetensors", "fold_0.scores.json", "plan.json", "train.json",
@@ -118,7 +118,7 @@ def test_sigkill_costs_at_most_the_time_between_checkpoints(balls, plan, tmp_pat
     FAST.save(folder / "train.json")
     dataset = balls.cases[0].label.parent.parent
     code = (
-        "import sys, medseg.train.loop as loop; loop.CHECKPOINT_S = 0.0\n"
+        "import sys, torch, medseg.train.loop as loop; loop.CHECKPOINT_S = 0.0; torch.set_num_threads(1)\n"
         "loop.train_dataset(sys.argv[1], sys.argv[2], budget='12steps', folds=3)"
     )
     command = [sys.executable, "-c", code, str(dataset), str(folder)]
@@ -178,15 +178,16 @@ def test_a_model_folder_that_cannot_be_made_is_said_so(balls, plan, tmp_path):
         train_model(balls, plan, tmp_path / "file" / "model", budget="1steps", settings=FAST)
 
 
-def test_a_time_budget_ends_in_time_and_the_learning_rate_with_it(balls, plan, tmp_path):
+def test_a_time_budget_ends_in_time_and_the_learning_rate_with_it(balls, plan, tmp_path, monkeypatch):
+    seconds = itertools.count()  # each look at the clock is a second later, so a step takes one
+    monkeypatch.setattr("medseg.train.loop.time.monotonic", lambda: float(next(seconds)))
     training, _ = balls.fold(0, 3)
     sampler = Sampler(prepare_cases(training, plan, tmp_path), plan, 1, 0.5)
     state = new_state(plan, FAST, torch.device("cpu"))
-    for _ in optimize(state, sampler, FAST, Budget(seconds=2.0)):
+    for _ in optimize(state, sampler, FAST, Budget(seconds=4.0)):
         pass
-    assert state.seconds >= 2.0
-    assert state.step > 1
-    assert state.optimizer.param_groups[0]["lr"] < 0.5 * FAST.learning_rate
+    assert (state.step, state.seconds) == (4, 4.0)
+    assert state.optimizer.param_groups[0]["lr"] == FAST.learning_rate * schedule(0.75, FAST.warmup)
 
 
 def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, tmp_path):
