@@ -118,6 +118,11 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")
     ] = True,
     device: Device = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest here.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the network.", min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
     assume_orientation: Assume = None,
     report: Annotated[Path | None, typer.Option(help="Write times, memory and volumes of each scan as JSON.")] = None,
     as_json: AsJson = False,
@@ -127,7 +132,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     from medseg.model.run import Options, Outcome, segment_file, segment_folder, volume_files
     from medseg.model.segmenter import Model
 
-    loaded = Model.load(model, device=device)
+    loaded = Model.load(model, device=device, runtime=runtime, threads=threads, precision=precision)
     channels = tuple(Path(part) for part in source.split(","))
     options = Options(_box(roi), step, mirror, reuse, assume_orientation)
     outcomes: list[Outcome]

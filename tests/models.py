@@ -34,7 +34,9 @@ def tiny_model(plan: Plan | None = None) -> Model:
     """Return an untrained network under a tiny plan."""
     plan = plan or tiny_plan()
     torch.manual_seed(0)
-    return Model(plan, [build_network(plan.network, len(plan.channels), plan.outputs)], torch.device("cpu"))
+    return Model(
+        plan, [build_network(plan.network, len(plan.channels), plan.outputs)], torch.device("cpu"), runtime="torch"
+    )
 
 
 class Threshold(nn.Module):
@@ -52,4 +54,4 @@ class Threshold(nn.Module):
 def threshold_model(level: float, **changes: object) -> Model:
     """Return a model that labels what is above a level, in intensities as they are."""
     plan = tiny_plan(**({"channels": (Channel(name="CT", normalization=UNSCALED),)} | changes))
-    return Model(plan, [Threshold(level)], torch.device("cpu"))
+    return Model(plan, [Threshold(level)], torch.device("cpu"), runtime="torch")

@@ -36,7 +36,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 def test_blended_tiles_of_a_pointwise_network_are_the_network_on_the_whole_image(shape, step):
     torch.manual_seed(0)
     network = nn.Conv3d(1, 2, 1)
-    model = Model(tiny_plan(), [network], torch.device("cpu"))
+    model = Model(tiny_plan(), [network], torch.device("cpu"), runtime="torch")
     image = Volume(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(shape, np.eye(4)))
     with torch.inference_mode():
         whole = network(torch.from_numpy(image.array)[None])[0]
@@ -80,7 +80,9 @@ def test_a_tilted_stack_is_segmented_where_it_is():
 def test_constant_images_and_thin_volumes_are_background_and_no_error(shape):
     for value in (0, -1000, 7.5):
         image = Volume(np.full((1, *shape), value, np.float32), Grid(shape, np.eye(4)))
-        assert (Model(tiny_plan(), [Threshold(0.5)], torch.device("cpu")).segment(image).array == 0).all()
+        assert (
+            Model(tiny_plan(), [Threshold(0.5)], torch.device("cpu"), runtime="torch").segment(image).array == 0
+        ).all()
 
 
 def test_a_box_is_segmented_as_if_the_rest_were_not_there(grid):
@@ -105,7 +107,7 @@ def test_a_box_outside_the_image_is_refused(grid):
 def test_logits_of_folds_are_averaged():
     # Thresholds of 10 and 30 average to one of 20: their scores are linear.
     plan = threshold_model(0).plan
-    model = Model(plan, [Threshold(10), Threshold(30)], torch.device("cpu"))
+    model = Model(plan, [Threshold(10), Threshold(30)], torch.device("cpu"), runtime="torch")
     values = np.array([5, 15, 19, 21, 25, 35], np.float32).reshape(1, 6, 1, 1)
     labels = model.segment(Volume(values, Grid((6, 1, 1), np.eye(4))))
     assert labels.array[0, :, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]

@@ -64,7 +64,7 @@ def test_constant_tiles_are_computed_once_and_the_labels_stay_the_same():
     plan = threshold_model(0).plan  # intensities as they are: what is constant stays so
     torch.manual_seed(1)
     network = Counting(build_network(plan.network, 1, plan.outputs))
-    model = Model(plan, [network], torch.device("cpu"))
+    model = Model(plan, [network], torch.device("cpu"), runtime="torch")
     array = np.full((1, 64, 32, 16), -1000.0)
     array[0, 40:50, 10:20, 4:12] = np.random.default_rng(0).normal(50, 20, size=(10, 10, 8))
     image = Volume(array, Grid((64, 32, 16), np.eye(4)))

@@ -46,7 +46,9 @@ class Predictor:
         while len(done) < len(tiles):
             part = tiles[len(done) : len(done) + self.batch]
             try:
-                done.extend(self._averaged(torch.stack(list(part))))
+                logits = self._averaged(torch.stack(list(part)))
+                # A runtime may use one piece of memory for every answer.
+                done.extend(logits.clone() if len(part) < len(tiles) else logits)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -57,13 +59,12 @@ class Predictor:
         return done
 
     def _averaged(self, batch: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for flip in self.flips:
+        total = self.run(batch)
+        for flip in self.flips[1:]:
             axes = [axis + 2 for axis in flip]
-            logits = self.run(batch.flip(axes) if axes else batch)
-            logits = logits.flip(axes) if axes else logits
-            total = logits if total is None else total + logits
-        return total / len(self.flips) if total is not None and len(self.flips) > 1 else logits
+            total = total.clone() if flip == self.flips[1] else total
+            total += self.run(batch.flip(axes)).flip(axes)
+        return total / len(self.flips) if len(self.flips) > 1 else total
 
 
 def _constant(tile: Tensor) -> tuple[float, ...] | None:

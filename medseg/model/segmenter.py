@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
 from medseg.model.preprocess import prepare
+from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.stream import labels_from_rows
 from medseg.model.timing import Report
 from medseg.model.weights import find_model, load_network
@@ -25,6 +27,9 @@ from medseg.volume import Volume
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+GPU_BATCH = 4
+"""Tiles that a GPU sees at once; where they do not fit, fewer. A CPU is busy with one."""
+
 Box = Sequence[Sequence[float]]
 """Two opposite corners, ((x, y, z), (x, y, z)), in mm of RAS+ world space."""
 
@@ -32,18 +37,41 @@ Box = Sequence[Sequence[float]]
 class Model:
     """A plan and the networks trained under it, one for each fold; their logits are averaged."""
 
-    def __init__(self, plan: Plan, networks: Sequence[nn.Module], device: torch.device):
+    def __init__(
+        self,
+        plan: Plan,
+        networks: Sequence[nn.Module],
+        device: torch.device,
+        *,
+        runtime: str | None = None,
+        threads: int | None = None,
+        precision: str | None = None,
+    ):
         self.plan = plan
         self.networks = [placed(network, device).eval() for network in networks]
         self.device = device
+        self._start = partial(make_runtime, runtime=runtime, threads=threads, precision=precision)
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What the networks run through; compiled when it is first asked for. Raises UsageError for one not there."""
+        return self._start(self.plan, self.networks, device=self.device)
 
     @classmethod
     def load(
-        cls, folder: str | PathLike[str], *, device: str | None = None, folds: Sequence[int] | None = None
+        cls,
+        folder: str | PathLike[str],
+        *,
+        device: str | None = None,
+        folds: Sequence[int] | None = None,
+        runtime: str | None = None,
+        threads: int | None = None,
+        precision: str | None = None,
     ) -> Model:
         """Return the model in a folder, or the shipped one of that name, on `device` (by default the fastest there is).
 
-        All folds that are there take part, or those in `folds`.
+        All folds that are there take part, or those in `folds`. `runtime`, `threads` and `precision` are those of
+        `make_runtime`: by default OpenVINO on a CPU where it is installed, else torch.
         Raises ModelError where a file is missing, damaged, or does not fit the plan, and UsageError for an unknown
         device.
         """
@@ -54,7 +82,8 @@ class Model:
             files = [where / f"fold_{fold}.safetensors" for fold in folds]
         if not files:
             raise ModelError("The model has no weights: its folder needs at least one fold_N.safetensors.", path=where)
-        return cls(plan, [load_network(plan, file) for file in files], pick_device(device))
+        networks = [load_network(plan, file) for file in files]
+        return cls(plan, networks, pick_device(device), runtime=runtime, threads=threads, precision=precision)
 
     def segment(
         self,
@@ -81,11 +110,12 @@ class Model:
         part = volume.cropped(start, stop)
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
-        predictor = Predictor(self._run, mirror_axes=self.plan.mirror_axes if mirror else (), reuse=reuse)
+        with report.stage("compile"):
+            predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
         with report.stage("export"):
             labels = labels_from_rows(rows, axis, prepared.grid, part.grid, values)
-        report.facts |= {"device": str(self.device), "tiles_run": predictor.ran, "tiles_reused": predictor.reused}
+        report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         if roi is not None:
             inside, labels = labels, np.zeros(volume.grid.shape, values.dtype)
             labels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = inside
@@ -93,8 +123,7 @@ class Model:
 
     def logits(self, prepared: Volume, *, step: float = 0.5, mirror: bool = False, reuse: bool = True) -> Tensor:
         """Return the logits (outputs, I, J, K) of a prepared image: tiles blended by a Gaussian, folds averaged."""
-        predictor = Predictor(self._run, mirror_axes=self.plan.mirror_axes if mirror else (), reuse=reuse)
-        axis, rows = self._rows(prepared, step, predictor, None, Report())
+        axis, rows = self._rows(prepared, step, self._predictor(mirror=mirror, reuse=reuse), None, Report())
         result = torch.empty((self.plan.outputs, *prepared.grid.shape), device=self.device)
         for first, part in rows:
             result.narrow(axis + 1, first, part.shape[axis + 1]).copy_(part)
@@ -126,10 +155,16 @@ class Model:
 
         return window.axis, rows()
 
-    def _run(self, batch: Tensor) -> Tensor:
-        batch = batch.to(self.device)
-        logits = [network(batch).float() for network in self.networks]
-        return torch.stack(logits).mean(dim=0) if len(logits) > 1 else logits[0]
+    def _facts(self) -> dict[str, Any]:
+        runtime = self.runtime
+        how = {"runtime": runtime.name, "precision": runtime.precision, "threads": runtime.threads}
+        return {"model": self.plan.name, "device": str(self.device), **how, "versions": runtime.versions}
+
+    def _predictor(self, *, mirror: bool, reuse: bool) -> Predictor:
+        runtime = self.runtime
+        axes = self.plan.mirror_axes if mirror else ()
+        batch = 1 if self.device.type == "cpu" else GPU_BATCH
+        return Predictor(lambda tiles: runtime(tiles.to(self.device)), mirror_axes=axes, reuse=reuse, batch=batch)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

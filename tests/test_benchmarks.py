@@ -1,0 +1,100 @@
+"""The inference benchmark runs, on an image of seconds; its figures are for quiet machines and not looked at here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """Return a folder with a trunk at 3 mm where the real one would lie: soft blobs inside an ellipse in air."""
+    size = (60, 50, 40)
+    blobs = gaussian_filter(np.random.default_rng(5).standard_normal(size), 3)
+    x, y = (np.linspace(-1, 1, n) for n in size[:2])
+    inside = np.hypot(x[:, None], y)[:, :, None] < 0.9
+    voxels = np.where(inside, 40 + 100 * blobs / blobs.std(), -1000).astype(np.int16)
+    folder = tmp_path / "data" / "trunk_ct_mr"
+    folder.mkdir(parents=True)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1.0])), folder / "example_ct.nii.gz")
+    return folder.parent
+
+
+def test_a_tiny_case_beside_monai(scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import inference
+
+    results, work = tmp_path / "results", tmp_path / "work"
+    arguments = ["--realdata", str(scan), "--case", "tiny", "--classes", "4", "--systems", "medseg-torch,monai,nnunet"]
+    arguments += ["--results", str(results), "--work", str(work)]
+    inference.main([*arguments, "--reference"])
+    shown = capsys.readouterr().out
+    assert "nnU-Net is left out" in shown
+    found = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in results.glob("*.json")}
+    assert set(found) == {f"tiny_4c_4f_s0_{name}.json" for name in ("medseg-torch", "monai", "reference")}
+    runs = [found[f"tiny_4c_4f_s0_{name}.json"] for name in ("medseg-torch", "monai")]
+    for run in runs:
+        assert run["status"] == "done", shown
+        assert run["peak_gb"] > 0.05
+        assert 0 < run["labels"]["mixed_cells_share"] < 0.5
+    labels = [nibabel.load(work / f"labels_tiny_4c_4f_s0_{name}" / "ct.nii.gz") for name in ("medseg-torch", "monai")]
+    assert np.allclose(labels[0].affine, labels[1].affine)
+    assert (np.asarray(labels[0].dataobj) == np.asarray(labels[1].dataobj)).mean() > 0.8  # they resample otherwise
+    clear = found["tiny_4c_4f_s0_reference.json"]["margins"][-1]
+    assert clear["voxels"] > 100_000
+    assert clear["different"] == 0
+
+    files = {file: file.stat().st_mtime_ns for file in results.iterdir()}
+    inference.main(arguments)
+    assert files == {file: file.stat().st_mtime_ns for file in results.iterdir()}
+    inference.main(["--results", str(results), "--plot", str(tmp_path / "plot.png")])
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_phantom_is_the_same_for_a_seed_and_any_length(scan: Path, tmp_path: Path) -> None:
+    from phantom_ct import write_ct
+
+    voxels = []
+    for name, slices, seed in (("a", 6, 1), ("b", 9, 1), ("c", 6, 2)):
+        path = tmp_path / f"{name}.nii.gz"
+        write_ct(scan, path, (64, 64, slices), (0.75, 0.75, 3.0), seed)
+        voxels.append(np.asarray(nibabel.load(path).dataobj))
+    assert np.array_equal(voxels[0], voxels[1][:, :, :6])
+    assert not np.array_equal(voxels[0], voxels[2])
+
+
+def test_memory_of_all_processes_is_measured_and_limited(tmp_path: Path) -> None:
+    from measure import measure
+
+    block = "import subprocess, sys, time; block = bytearray(b'x') * (200 * 2**20);"
+    child, log = f"{block} time.sleep(1)", tmp_path / "log.txt"
+    both = measure(
+        [sys.executable, "-c", f"{block} subprocess.run([sys.executable, '-c', {child!r}])"],
+        log,
+        8,
+        tmp_path,
+        os.environ,
+    )
+    assert both.status == "done"
+    assert 0.39 < both.peak_gb < 0.6
+    over = measure([sys.executable, "-c", f"{block} time.sleep(60)"], log, 0.1, tmp_path, os.environ)
+    assert over.status == "over 0.1 GB"
+    assert over.seconds < 50
+    assert (
+        measure([sys.executable, "-c", "print('no'); raise SystemExit(3)"], log, 8, tmp_path, os.environ).status
+        == "failed"
+    )
+    assert log.read_text(encoding="utf-8") == "no\n"

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_grid, rotation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medseg.model import export
+from medseg.model.export import argmax_onto, argmax_slab, interpolate_slab, regions_onto, regions_slab
+from medseg.model.prune import Cells, numbered
+from medseg.process.resample import AxisPositions
+from medseg.volume import Grid
+
+ROUNDING = 2e-6
+"""What float32 may lose, as a share of the range of scores."""
+
+NEVER, ALWAYS = 1e9, 0
+"""Values of PRUNING_COST by which classes are never or always pruned."""
+
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.tuples(*[st.integers(1, 5)] * 3)
+costs = st.sampled_from([NEVER, ALWAYS])
+kinds = st.sampled_from(["noise", "border", "near ties", "offset"])
+
+
+def axes_at(*positions: np.ndarray) -> list[AxisPositions]:
+    return [AxisPositions(axis, np.asarray(p, np.float64), 1.0) for axis, p in enumerate(positions)]
+
+
+def interpolated(logits: torch.Tensor, index: np.ndarray) -> np.ndarray:
+    """Return every class (C, ...) in float64 at indices (..., 3), by the formula itself."""
+    scores = logits.numpy().astype(np.float64)
+    size = np.array(scores.shape[1:])
+    index = np.clip(index, 0, size - 1)
+    result = np.zeros((len(scores), *index.shape[:-1]))
+    for corner in np.ndindex(2, 2, 2):
+        voxel = np.floor(index) + corner
+        weight = np.prod(1 - np.abs(index - voxel), axis=-1)
+        i, j, k = np.moveaxis(np.minimum(voxel, size - 1).astype(int), -1, 0)
+        result += weight * scores[:, i, j, k]
+    return result
+
+
+def reference(logits: torch.Tensor, axes: list[AxisPositions]) -> np.ndarray:
+    return interpolated(logits, np.stack(np.meshgrid(*(axis.positions for axis in axes), indexing="ij"), axis=-1))
+
+
+def painted(scores: np.ndarray, order: list[int]) -> np.ndarray:
+    result = np.zeros(scores.shape[1:], int)
+    for score, label in zip(scores, order, strict=True):
+        result[score > 0] = label
+    return result
+
+
+def make_logits(kind: str, classes: int, shape: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
+    """Return white noise, or classes that cross in a plane with others just below or above the crossing."""
+    noise = rng.normal(size=(classes, *shape))
+    place = sum(rng.normal() * axis for axis in np.indices(shape))
+    plane = (place - rng.choice(place.ravel()) - rng.uniform(0, 1)) * rng.choice([-1, 1], size=(classes, 1, 1, 1))
+    height = rng.normal(size=(classes, 1, 1, 1)) * rng.choice([0.01, 0.5])
+    flat = rng.uniform(size=(classes, 1, 1, 1)) < 0.4
+    logits = {
+        "noise": noise,
+        "border": np.where(flat, height, 3 * plane + height) + 0.02 * noise,
+        "near ties": np.round(noise) + 1e-5 * rng.normal(size=noise.shape),
+        "offset": 1000 + noise,
+    }[kind]
+    return torch.from_numpy(logits.astype(np.float32))
+
+
+def random_positions(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return positions of an axis up or down, finer or coarser than the voxels, on them or not, partly outside."""
+    count = rng.integers(1, 9)
+    step = rng.choice([1, 0.5, rng.uniform(0.1, 3)]) * rng.choice([-1, 1])
+    return rng.choice([0, rng.uniform(-1, size)]) + step * (np.arange(count) - rng.integers(0, count))
+
+
+def in_any_layout(logits: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Return equal logits whose axes lie in memory in another order, or that are a part of something larger."""
+    order = rng.permutation(4).tolist()
+    larger = torch.full([n + rng.integers(0, 2) for n in logits.permute(order).shape], torch.nan)
+    part = larger[tuple(slice(larger.shape[axis] - logits.shape[order[axis]], None) for axis in range(4))]
+    part.copy_(logits.permute(order))
+    return part.permute(np.argsort(order).tolist())
+
+
+@settings(max_examples=150)
+@given(seed=seeds, shape=shapes, classes=st.integers(1, 6), cost=costs)
+def test_whole_numbers_are_exact_and_ties_go_to_the_lower_class(seed, shape, classes, cost):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.integers(-3, 4, size=(classes, *shape)).astype(np.float32))
+    # Eighths and small whole numbers: no rounding anywhere.
+    axes = axes_at(*(rng.integers(-12, 8 * size + 8, size=rng.integers(1, 8)) / 8 for size in shape))
+    order = rng.permutation(np.arange(1, classes + 1)).tolist()
+    expected = reference(logits, axes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "PRUNING_COST", cost)
+        scores = in_any_layout(logits, rng)
+        np.testing.assert_array_equal(argmax_slab(scores, axes), expected.argmax(axis=0))
+        np.testing.assert_array_equal(regions_slab(scores, axes, order), painted(expected, order))
+
+
+@settings(max_examples=200)
+@given(seed=seeds, shape=shapes, classes=st.integers(2, 12), kind=kinds, cost=costs)
+def test_the_winner_is_the_largest_but_for_rounding(seed, shape, classes, kind, cost):
+    rng = np.random.default_rng(seed)
+    logits = make_logits(kind, classes, shape, rng)
+    axes = axes_at(*(random_positions(rng, size) for size in shape))
+    expected = reference(logits, axes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "PRUNING_COST", cost)
+        winner = argmax_slab(in_any_layout(logits, rng), axes)
+    assert winner.dtype == np.uint16
+    lost = expected.max(axis=0) - np.take_along_axis(expected, winner[None].astype(int), axis=0)[0]
+    assert lost.max() <= ROUNDING * np.abs(logits.numpy()).max()
+
+
+@settings(max_examples=100)
+@given(seed=seeds, shape=shapes, classes=st.integers(1, 6), kind=kinds)
+def test_regions_are_painted_one_over_another(seed, shape, classes, kind):
+    rng = np.random.default_rng(seed)
+    logits = make_logits(kind, classes, shape, rng)
+    axes = axes_at(*(random_positions(rng, size) for size in shape))
+    order = rng.permutation(np.arange(1, classes + 1)).tolist()
+    expected = reference(logits, axes)
+    sure = (np.abs(expected) > ROUNDING * np.abs(logits.numpy()).max()).all(axis=0)
+    np.testing.assert_array_equal(regions_slab(logits, axes, order)[sure], painted(expected, order)[sure])
+
+
+@pytest.mark.parametrize("cost", [NEVER, ALWAYS])
+def test_a_class_that_wins_at_no_corner_can_win_between_them(monkeypatch, cost):
+    monkeypatch.setattr(export, "PRUNING_COST", cost)
+    logits = torch.tensor([[10.0, -10], [-10, 10], [5, 5]]).view(3, 2, 1, 1)
+    # Class 0 is 10 - 20 x and meets 5 at a quarter; class 1 does so at three quarters.
+    winner = argmax_slab(logits, axes_at([0, 0.2, 0.25, 0.3, 0.5, 0.7, 0.75, 0.8, 1], [0], [0]))
+    assert winner.ravel().tolist() == [0, 0, 0, 2, 2, 2, 1, 1, 1]
+
+
+def test_classes_that_cannot_win_are_not_interpolated():
+    scores = torch.full((40, 6, 6, 6), -5.0)
+    scores[3] = torch.linspace(-2.5, 2.5, 6)[:, None, None]
+    scores[7] = -scores[3]
+    scores[30] = -1  # below the mean of 3 and 7, which is 0, but above one of them
+    cells = Cells.of(scores, (True, True, True), regions=False)
+    assert cells.kept(torch.tensor([2 * 36])) == 2
+    below_zero = Cells.of(scores, (True, True, True), regions=True)
+    assert below_zero.kept(torch.tensor([2 * 36])) == 2
+
+
+def test_voxels_on_voxels_are_not_interpolated(monkeypatch):
+    monkeypatch.setattr(Cells, "decide", None)
+    logits = make_logits("noise", 5, (4, 5, 6), np.random.default_rng(1))
+    grid = make_grid("LPS", (4, 5, 6))
+    np.testing.assert_array_equal(argmax_onto(logits, grid, grid), logits.numpy().argmax(axis=0))
+    flipped = argmax_onto(logits, grid, grid.reoriented("RAS"))
+    np.testing.assert_array_equal(flipped, logits.numpy().argmax(axis=0)[::-1, ::-1])
+
+
+def test_beyond_the_outer_voxels_their_scores_go_on():
+    logits = make_logits("noise", 5, (4, 3, 2), np.random.default_rng(2))
+    winner = argmax_slab(logits, axes_at([-7, -0.5, 3.4, 90], [1], [0]))
+    corners = logits.numpy().argmax(axis=0)[[0, 0, 3, 3], 1, 0]
+    np.testing.assert_array_equal(winner.ravel(), corners)
+
+
+@settings(max_examples=60)
+@given(
+    seed=seeds,
+    source=st.sampled_from(["RAS", "LPS", "PIR", "oblique"]),
+    target=st.sampled_from(["LAS", "SPL", "PIR", "turned", "sheared", "one slice"]),
+    kind=kinds,
+)
+def test_between_any_two_grids(seed, source, target, kind):
+    rng = np.random.default_rng(seed)
+    grid = make_grid(source, (5, 6, 1 if rng.random() < 0.2 else 4))
+    logits = make_logits(kind, 6, grid.shape, rng)
+    onto = target_grid(grid, target, rng)
+    index = grid.to_index(onto.to_world(np.stack(np.indices(onto.shape), axis=-1)))
+    expected = interpolated(logits, index)
+    winner = argmax_onto(logits, grid, onto).astype(int)
+    lost = expected.max(axis=0) - np.take_along_axis(expected, winner[None], axis=0)[0]
+    assert lost.max() <= ROUNDING * np.abs(logits.numpy()).max()
+    sure = (np.abs(expected) > ROUNDING * np.abs(logits.numpy()).max()).all(axis=0)
+    order = [4, 2, 9, 1, 300, 7]
+    np.testing.assert_array_equal(regions_onto(logits, grid, onto, order)[sure], painted(expected, order)[sure])
+
+
+def target_grid(grid: Grid, kind: str, rng: np.random.Generator) -> Grid:
+    fine = grid.with_spacing(np.array(grid.spacing_mm) * rng.uniform(0.4, 2.5, size=3))
+    if len(kind) == 3:
+        return fine.reoriented(kind)
+    if kind == "one slice":
+        return fine.cropped((0, 0, 0), (*fine.shape[:2], 1))
+    affine = fine.affine.copy()
+    if kind == "turned":
+        affine[:3, :3] = rotation((20, 10, -15)) @ affine[:3, :3]
+    else:
+        affine[:3, 2] += 0.4 * affine[:3, 1]
+    return Grid(fine.shape, affine)
+
+
+@pytest.mark.parametrize("cost", [NEVER, ALWAYS])
+@pytest.mark.parametrize("target", ["SPL", "turned"])
+def test_blocks_meet_without_seams(monkeypatch, target, cost):
+    rng = np.random.default_rng(3)
+    grid = make_grid("RAS", (9, 8, 7))
+    logits = make_logits("noise", 300, grid.shape, rng)
+    onto = target_grid(grid, target, rng)
+    whole = argmax_onto(logits, grid, onto)
+    monkeypatch.setattr(export, "PRUNING_COST", cost)
+    monkeypatch.setattr(export, "BLOCK_VOXELS", 2 * onto.shape[1] * onto.shape[2] + 5)
+    monkeypatch.setattr(export, "PIECE_CLASSES", 999)
+    monkeypatch.setattr(export, "BLOCK_SCORES", 999)
+    monkeypatch.setattr("medseg.model.prune.CACHED_SCORES", 60)
+    np.testing.assert_array_equal(argmax_onto(logits, grid, onto), whole)
+    assert whole.max() > 255
+
+
+def test_scores_of_every_class_at_the_voxels_of_the_target():
+    rng = np.random.default_rng(4)
+    logits = make_logits("noise", 3, (6, 1, 5), rng)
+    axes = axes_at(np.linspace(7, -2, 8), [0, 0.4], [0.5, 1.25, 2])
+    np.testing.assert_allclose(interpolate_slab(logits, axes).numpy(), reference(logits, axes), atol=1e-6)
+
+
+@given(values=st.lists(st.integers(5, 60), min_size=1))
+def test_values_are_numbered_in_order(values):
+    distinct, number = numbered(torch.tensor(values))
+    expected, inverse = np.unique(values, return_inverse=True)
+    assert distinct.tolist() == expected.tolist()
+    assert number.tolist() == inverse.tolist()
