@@ -138,6 +138,30 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them(monkeypatch, cost):
     assert winner.ravel().tolist() == [0, 0, 0, 2, 2, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize("cost", [NEVER, ALWAYS])
+def test_a_class_that_never_exceeds_the_others_wins_a_tie_if_it_is_lower(monkeypatch, cost):
+    monkeypatch.setattr(export, "PRUNING_COST", cost)
+    logits = torch.tensor([[5.0, 5], [10, 0], [0, 10]]).view(3, 2, 1, 1)
+    assert argmax_slab(logits, axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 2]
+    assert argmax_slab(logits.flip(0), axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 0]
+
+
+@settings(max_examples=100)
+@given(seed=seeds, classes=st.integers(2, 8), kind=kinds)
+def test_what_reaches_the_mean_of_the_corner_winners_is_kept_and_no_more(seed, classes, kind):
+    rng = np.random.default_rng(seed)
+    logits = make_logits(kind, classes, (2, 2, 2), rng)
+    scores = logits.numpy().astype(np.float64)
+    mean = scores[np.unique(scores.argmax(axis=0))].mean(axis=0)
+    # One more class reaches the mean at a single corner, as closely as float32 can.
+    scores = np.append(scores, np.full((1, 2, 2, 2), scores.min() - 9), axis=0)
+    just = np.float32(mean[1, 0, 1])
+    scores[-1, 1, 0, 1] = just if just >= mean[1, 0, 1] else np.nextafter(just, np.float32(np.inf))
+    cells = Cells.of(torch.from_numpy(scores.astype(np.float32)), (True, True, True), regions=False)
+    reaching = [(scores >= mean - slack).any(axis=(1, 2, 3)).sum() for slack in (0, 1e-5 * np.ptp(scores))]
+    assert reaching[0] <= cells.kept(torch.tensor([0])) <= reaching[1]
+
+
 def test_classes_that_cannot_win_are_not_interpolated():
     scores = torch.full((40, 6, 6, 6), -5.0)
     scores[3] = torch.linspace(-2.5, 2.5, 6)[:, None, None]

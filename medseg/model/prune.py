@@ -88,14 +88,14 @@ class Cells:
     def _duel(self, cells: Tensor, address: Tensor, winner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the lowest and the highest winner of each cell, by how much the lower leads, and whether they are all.
 
-        No other class reaches their mean where, at each corner, one of the two is first, and the second is either the
-        other or below the mean. Nearly all cells are of this kind, and other classes need not be looked at.
+        No other class wins where, at each corner, one of the two is first, and the second largest score either is that
+        of the other or lies below their mean. Nearly all cells are such, and other classes need not be looked at.
         """
         low, high = reduce(torch.minimum, winner), reduce(torch.maximum, winner)
         lows, highs = self._scores(low, address), self._scores(high, address)
         second = self.second.take(self._places(cells))
-        is_other = (second == torch.minimum(lows, highs)) & (lows != highs)
-        is_duel = ((winner == low) | (winner == high)) & (is_other | (2 * second < lows + highs))
+        others_below = (second == torch.minimum(lows, highs)) | (2 * second < lows + highs)
+        is_duel = ((winner == low) | (winner == high)) & others_below
         return low, high, lows - highs, reduce(torch.bitwise_and, is_duel)
 
     def _contest(self, address: Tensor, winner: Tensor, cell: Tensor, fraction: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def start(network: nn.Module, plan: Plan, _precision: str, threads: int) -> Run:
     runtime = _onnxruntime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors alone
     session = runtime.InferenceSession(_exported(network, plan), options, providers=["CPUExecutionProvider"])
 
     def run(patches: Tensor) -> Tensor:
