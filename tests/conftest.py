@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,14 @@ def realdata(request: pytest.FixtureRequest) -> Path:
     if folder is None:
         pytest.skip("reads real scans that are not part of the project; pass their folder with --realdata=DIR")
     return Path(folder).resolve()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep compiled networks out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def rotation(degrees: tuple[float, float, float]) -> np.ndarray:

@@ -97,10 +97,22 @@ def test_every_runtime_gives_the_logits_of_torch(name: str, capfd: pytest.Captur
 
 
 @needs("openvino")
-def test_one_patch_for_any_operation() -> None:
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Threshold(0.5),
+        nn.Conv3d(1, 2, 1),
+        nn.Conv3d(1, 2, 1, bias=False),
+        nn.Conv3d(1, 2, 1, padding=1),
+        nn.Sequential(nn.Conv3d(1, 4, 1), nn.Conv3d(4, 2, 1, groups=2), nn.GroupNorm(1, 2)),
+    ],
+    ids=["slices", "pointwise", "no bias", "padded", "groups"],
+)
+def test_openvino_takes_any_layer(layer: nn.Module) -> None:
+    net = nn.Sequential(layer).eval()
     with torch.inference_mode():
-        logits = make_runtime(PLAN, [Threshold(0.5)], device=CPU, runtime="openvino")(patches())
-    assert torch.equal(logits[:, 1:], patches() - 0.5)
+        logits = make_runtime(PLAN, [net], device=CPU, runtime="openvino")(patches())
+    torch.testing.assert_close(logits, mean_logits([net], patches()), rtol=1e-5, atol=1e-5)
 
 
 @needs("openvino")
@@ -184,6 +196,19 @@ def test_openvino_is_compiled_as_it_was_asked(conversions: list[nn.Module]) -> N
 
 
 @needs("openvino")
+@pytest.mark.parametrize(
+    ("able", "expected"), [(["FP32", "INT8"], ("float32",)), (["BF16", "FP16"], ("float32", "float16", "bfloat16"))]
+)
+def test_openvino_offers_what_the_cpu_can(
+    able: list[str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medseg.model import runtime_openvino
+
+    monkeypatch.setattr(runtime_openvino._openvino().Core, "get_property", lambda *_: able)
+    assert runtime_openvino.precisions() == expected
+
+
+@needs("openvino")
 def test_a_network_is_compiled_once(conversions: list[nn.Module], cache: Path) -> None:
     def run(seed: int) -> Tensor:
         return make_runtime(PLAN, [one_layer(seed)], device=CPU, runtime="openvino")(patches())
@@ -241,7 +266,9 @@ def test_onnx_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(first(patches()), again(patches()))
 
 
-def test_the_name_of_a_network_covers_all_that_it_computes_from() -> None:
+def test_the_name_of_a_network_covers_all_that_it_computes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changed = network()
     with torch.no_grad():
         next(changed.parameters()).flatten()[0] += 1e-6
@@ -258,6 +285,9 @@ def test_the_name_of_a_network_covers_all_that_it_computes_from() -> None:
     }
     assert len(names) == 7
     assert fingerprint(network()) in names
+    (tmp_path / "networks.py").write_text("other code")
+    monkeypatch.setattr(runtime_cache, "__file__", str(tmp_path / "runtime_cache.py"))
+    assert fingerprint(network()) not in names
 
 
 def test_the_cache_keeps_what_was_used_last(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,12 @@ CHECKSUM_BYTES = 32
 def fingerprint(network: nn.Module, *facts: object) -> str:
     """Return a name for a network in evaluation mode and what else its compiled form depends on.
 
-    It covers all that `forward` can read: the kind and the settings of every module, and every weight.
+    It covers all that `forward` can read, which is the kind and the settings of every module and every weight, and the
+    code of this package, which says what is made of them.
     """
     digest = hashlib.sha256(repr(facts).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     for name, module in network.named_modules():
         numbers = {
             key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)

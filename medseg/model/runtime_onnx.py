@@ -10,7 +10,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from medseg import __version__
 from medseg.model import runtime_cache
 from medseg.model.plan import Plan
 from medseg.model.runtime import Run
@@ -33,7 +32,7 @@ def start(network: nn.Module, plan: Plan, _precision: str, threads: int) -> Run:
 
 def _exported(network: nn.Module, plan: Plan) -> bytes:
     """Return the network as ONNX, for one patch, from the user's cache where it is there."""
-    versions = (__version__, torch.__version__, _onnxruntime().__version__)
+    versions = (torch.__version__, _onnxruntime().__version__)
     name = runtime_cache.fingerprint(network, versions, plan.patch) + ".onnx"
     stored = runtime_cache.read(name)
     if stored is not None:

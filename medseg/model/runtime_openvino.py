@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medseg import __version__
 from medseg.model import runtime_cache
 from medseg.model.plan import Plan
 from medseg.model.runtime import Run
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 CAPABILITIES = {"FP16": "float16", "BF16": "bfloat16"}
+
+POINTWISE = ((1, 1, 1), (1, 1, 1), (0, 0, 0))
+"""Kernel, stride and padding of a convolution that looks at one voxel."""
 
 
 def precisions() -> tuple[str, ...]:
@@ -55,7 +57,7 @@ def _compiled(network: nn.Module, plan: Plan, precision: str, threads: int) -> A
         "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same cores
     }
     cpu = (core.get_property("CPU", "FULL_DEVICE_NAME"), torch.backends.cpu.get_cpu_capability())
-    versions = (__version__, torch.__version__, _openvino().__version__)
+    versions = (torch.__version__, _openvino().__version__)
     name = runtime_cache.fingerprint(network, plan.patch, precision, versions, cpu) + ".openvino"
     stored = runtime_cache.read(name)
     if stored is not None:
@@ -101,8 +103,8 @@ def _faster(module: nn.Module) -> nn.Module:
         norm = nn.InstanceNorm3d(module.num_channels, eps=module.eps, affine=module.affine).eval()
         norm.weight, norm.bias = module.weight, module.bias
         return norm
-    if isinstance(module, nn.Conv3d) and module.kernel_size == (1, 1, 1) == module.stride and module.groups == 1:
-        return _Pointwise(module)
+    if isinstance(module, nn.Conv3d) and (module.kernel_size, module.stride, module.padding) == POINTWISE:
+        return _Pointwise(module) if module.groups == 1 else module
     return module
 
 
