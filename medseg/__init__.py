@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medseg.errors import MedsegError
     from medseg.io import load, save
     from medseg.model.segmenter import Model
+    from medseg.model.soft import SoftMaps
     from medseg.report.metrics import evaluate_folder
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate
@@ -26,6 +27,7 @@ __all__ = [
     "Grid",
     "MedsegError",
     "Model",
+    "SoftMaps",
     "Volume",
     "evaluate",
     "evaluate_folder",
@@ -41,6 +43,7 @@ _HOME = {
     "Grid": "volume",
     "MedsegError": "errors",
     "Model": "model.segmenter",
+    "SoftMaps": "model.soft",
     "Volume": "volume",
     "evaluate": "train.evaluate",
     "evaluate_folder": "report.metrics",

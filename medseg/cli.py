@@ -124,6 +124,15 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     threads: Annotated[int | None, typer.Option(help="CPU threads of the network.", min=1)] = None,
     precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
     assume_orientation: Assume = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")
+    ] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")
+    ] = False,
+    expected_volumes: Annotated[
+        bool, typer.Option("--expected-volumes", help="Also sum the probabilities of each label to a volume.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write times, memory and volumes of each scan as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -134,7 +143,8 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
 
     loaded = Model.load(model, device=device, runtime=runtime, threads=threads, precision=precision)
     channels = tuple(Path(part) for part in source.split(","))
-    options = Options(_box(roi), step, mirror, reuse, assume_orientation)
+    extras = (probabilities, uncertainty, expected_volumes)
+    options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras)
     outcomes: list[Outcome]
     with _progress() as show:
         first = channels[0]
@@ -305,7 +315,11 @@ def _print_series(series: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
-    _print_table(title, [{"label": row.value, "name": row.name, "volume_ml": row.volume_ml} for row in measurements])
+    rows = [{"label": row.value, "name": row.name, "volume_ml": row.volume_ml} for row in measurements]
+    if any(row.expected_volume_ml is not None for row in measurements):
+        for line, row in zip(rows, measurements, strict=True):
+            line["expected_volume_ml"] = row.expected_volume_ml
+    _print_table(title, rows)
 
 
 def _show_scores(scores: Scores, title: str, *, as_json: bool) -> None:

@@ -142,6 +142,23 @@ def test_a_report_is_written_with_times_and_tiles(run, scan, model_folder, tmp_p
     assert {"read", "prepare", "network", "blend", "export", "measure", "write"} <= set(report["stages"])
 
 
+def test_segment_tells_how_sure_it_is(run, scan, model_folder, tmp_path):
+    wanted = ("--probabilities", "--uncertainty", "--expected-volumes")
+    code, out, err = run("segment", model_folder, scan, tmp_path / "a.b.nii.gz", *wanted)
+    assert (code, err) == (0, "")
+    assert "expected" in out
+    probability = medseg.load(tmp_path / "a.b_probability_1.nii.gz")
+    labels = medseg.load(tmp_path / "a.b.nii.gz")
+    np.testing.assert_array_equal(probability.array > 0.5, labels.array == 1)
+    uncertainty = medseg.load(tmp_path / "a.b_uncertainty.nii.gz")
+    p = np.clip(probability.array.astype(np.float64), 1e-12, 1 - 1e-12)
+    np.testing.assert_allclose(uncertainty.array, -(p * np.log2(p) + (1 - p) * np.log2(1 - p)), atol=1e-5)
+    code, out, _ = run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--expected-volumes", "--json")
+    row = json.loads(out)[0]["labels"][0]
+    assert row["expected_volume_ml"] == pytest.approx(probability.array.sum() * labels.grid.voxel_mm3 / 1000, rel=1e-5)
+    assert sorted(path.name for path in tmp_path.glob("labels*")) == ["labels.nii.gz"]
+
+
 def test_segment_a_box(run, scan, model_folder, tmp_path):
     assert run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--roi=-9,0,0,-1,6,6")[0] == 0
     labels = load(tmp_path / "labels.nii.gz").array[0]

@@ -3,15 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_grid, rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.model import export
-from medseg.model.export import argmax_onto, argmax_slab, interpolate_slab, regions_onto, regions_slab
+from medseg.model.export import interpolate_slab, winners_slab
 from medseg.model.prune import Cells, numbered
 from medseg.process.resample import AxisPositions
-from medseg.volume import Grid
 
 ROUNDING = 2e-6
 """What float32 may lose, as a share of the range of scores."""
@@ -52,6 +50,10 @@ def painted(scores: np.ndarray, order: list[int]) -> np.ndarray:
     for score, label in zip(scores, order, strict=True):
         result[score > 0] = label
     return result
+
+
+def regions_slab(logits: torch.Tensor, axes: list[AxisPositions], order: list[int]) -> np.ndarray:
+    return np.array([0, *order])[winners_slab(logits, axes, regions=True)]
 
 
 def make_logits(kind: str, classes: int, shape: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
@@ -98,7 +100,7 @@ def test_whole_numbers_are_exact_and_ties_go_to_the_lower_class(seed, shape, cla
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "PRUNING_COST", cost)
         scores = in_any_layout(logits, rng)
-        np.testing.assert_array_equal(argmax_slab(scores, axes), expected.argmax(axis=0))
+        np.testing.assert_array_equal(winners_slab(scores, axes), expected.argmax(axis=0))
         np.testing.assert_array_equal(regions_slab(scores, axes, order), painted(expected, order))
 
 
@@ -111,7 +113,7 @@ def test_the_winner_is_the_largest_but_for_rounding(seed, shape, classes, kind, 
     expected = reference(logits, axes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "PRUNING_COST", cost)
-        winner = argmax_slab(in_any_layout(logits, rng), axes)
+        winner = winners_slab(in_any_layout(logits, rng), axes)
     assert winner.dtype == np.uint16
     lost = expected.max(axis=0) - np.take_along_axis(expected, winner[None].astype(int), axis=0)[0]
     assert lost.max() <= ROUNDING * np.abs(logits.numpy()).max()
@@ -134,7 +136,7 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them(monkeypatch, cost):
     monkeypatch.setattr(export, "PRUNING_COST", cost)
     logits = torch.tensor([[10.0, -10], [-10, 10], [5, 5]]).view(3, 2, 1, 1)
     # Class 0 is 10 - 20 x and meets 5 at a quarter; class 1 does so at three quarters.
-    winner = argmax_slab(logits, axes_at([0, 0.2, 0.25, 0.3, 0.5, 0.7, 0.75, 0.8, 1], [0], [0]))
+    winner = winners_slab(logits, axes_at([0, 0.2, 0.25, 0.3, 0.5, 0.7, 0.75, 0.8, 1], [0], [0]))
     assert winner.ravel().tolist() == [0, 0, 0, 2, 2, 2, 1, 1, 1]
 
 
@@ -142,8 +144,8 @@ def test_a_class_that_wins_at_no_corner_can_win_between_them(monkeypatch, cost):
 def test_a_class_that_never_exceeds_the_others_wins_a_tie_if_it_is_lower(monkeypatch, cost):
     monkeypatch.setattr(export, "PRUNING_COST", cost)
     logits = torch.tensor([[5.0, 5], [10, 0], [0, 10]]).view(3, 2, 1, 1)
-    assert argmax_slab(logits, axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 2]
-    assert argmax_slab(logits.flip(0), axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 0]
+    assert winners_slab(logits, axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 2]
+    assert winners_slab(logits.flip(0), axes_at([0.25, 0.5, 0.75], [0], [0])).ravel().tolist() == [1, 0, 0]
 
 
 @settings(max_examples=100)
@@ -173,73 +175,11 @@ def test_classes_that_cannot_win_are_not_interpolated():
     assert below_zero.kept(torch.tensor([2 * 36])) == 2
 
 
-def test_voxels_on_voxels_are_not_interpolated(monkeypatch):
-    monkeypatch.setattr(Cells, "decide", None)
-    logits = make_logits("noise", 5, (4, 5, 6), np.random.default_rng(1))
-    grid = make_grid("LPS", (4, 5, 6))
-    np.testing.assert_array_equal(argmax_onto(logits, grid, grid), logits.numpy().argmax(axis=0))
-    flipped = argmax_onto(logits, grid, grid.reoriented("RAS"))
-    np.testing.assert_array_equal(flipped, logits.numpy().argmax(axis=0)[::-1, ::-1])
-
-
 def test_beyond_the_outer_voxels_their_scores_go_on():
     logits = make_logits("noise", 5, (4, 3, 2), np.random.default_rng(2))
-    winner = argmax_slab(logits, axes_at([-7, -0.5, 3.4, 90], [1], [0]))
+    winner = winners_slab(logits, axes_at([-7, -0.5, 3.4, 90], [1], [0]))
     corners = logits.numpy().argmax(axis=0)[[0, 0, 3, 3], 1, 0]
     np.testing.assert_array_equal(winner.ravel(), corners)
-
-
-@settings(max_examples=60)
-@given(
-    seed=seeds,
-    source=st.sampled_from(["RAS", "LPS", "PIR", "oblique"]),
-    target=st.sampled_from(["LAS", "SPL", "PIR", "turned", "sheared", "one slice"]),
-    kind=kinds,
-)
-def test_between_any_two_grids(seed, source, target, kind):
-    rng = np.random.default_rng(seed)
-    grid = make_grid(source, (5, 6, 1 if rng.random() < 0.2 else 4))
-    logits = make_logits(kind, 6, grid.shape, rng)
-    onto = target_grid(grid, target, rng)
-    index = grid.to_index(onto.to_world(np.stack(np.indices(onto.shape), axis=-1)))
-    expected = interpolated(logits, index)
-    winner = argmax_onto(logits, grid, onto).astype(int)
-    lost = expected.max(axis=0) - np.take_along_axis(expected, winner[None], axis=0)[0]
-    assert lost.max() <= ROUNDING * np.abs(logits.numpy()).max()
-    sure = (np.abs(expected) > ROUNDING * np.abs(logits.numpy()).max()).all(axis=0)
-    order = [4, 2, 9, 1, 300, 7]
-    np.testing.assert_array_equal(regions_onto(logits, grid, onto, order)[sure], painted(expected, order)[sure])
-
-
-def target_grid(grid: Grid, kind: str, rng: np.random.Generator) -> Grid:
-    fine = grid.with_spacing(np.array(grid.spacing_mm) * rng.uniform(0.4, 2.5, size=3))
-    if len(kind) == 3:
-        return fine.reoriented(kind)
-    if kind == "one slice":
-        return fine.cropped((0, 0, 0), (*fine.shape[:2], 1))
-    affine = fine.affine.copy()
-    if kind == "turned":
-        affine[:3, :3] = rotation((20, 10, -15)) @ affine[:3, :3]
-    else:
-        affine[:3, 2] += 0.4 * affine[:3, 1]
-    return Grid(fine.shape, affine)
-
-
-@pytest.mark.parametrize("cost", [NEVER, ALWAYS])
-@pytest.mark.parametrize("target", ["SPL", "turned"])
-def test_blocks_meet_without_seams(monkeypatch, target, cost):
-    rng = np.random.default_rng(3)
-    grid = make_grid("RAS", (9, 8, 7))
-    logits = make_logits("noise", 300, grid.shape, rng)
-    onto = target_grid(grid, target, rng)
-    whole = argmax_onto(logits, grid, onto)
-    monkeypatch.setattr(export, "PRUNING_COST", cost)
-    monkeypatch.setattr(export, "BLOCK_VOXELS", 2 * onto.shape[1] * onto.shape[2] + 5)
-    monkeypatch.setattr(export, "PIECE_CLASSES", 999)
-    monkeypatch.setattr(export, "BLOCK_SCORES", 999)
-    monkeypatch.setattr("medseg.model.prune.CACHED_SCORES", 60)
-    np.testing.assert_array_equal(argmax_onto(logits, grid, onto), whole)
-    assert whole.max() > 255
 
 
 def test_scores_of_every_class_at_the_voxels_of_the_target():

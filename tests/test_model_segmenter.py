@@ -16,7 +16,9 @@ from medseg.labels import make_labels
 from medseg.model.plan import Channel
 from medseg.model.preprocess import prepare
 from medseg.model.segmenter import Model, pick_device
+from medseg.model.soft import SoftMaps
 from medseg.model.weights import find_model, save_weights
+from medseg.process.normalize import ZScore
 from medseg.volume import Grid, Volume
 
 
@@ -96,6 +98,23 @@ def test_a_box_is_segmented_as_if_the_rest_were_not_there(grid):
     np.testing.assert_array_equal(labels[:, i, j, k], inside)
     labels[:, i, j, k] = 0
     assert (labels == 0).all()
+
+
+def test_where_the_plan_says_so_only_the_box_around_what_is_not_0_is_looked_at(grid):
+    array = np.zeros((1, *grid.shape), np.int16)
+    inside = (slice(1, 4), slice(2, 5), slice(0, 2))
+    array[0][inside] = np.random.default_rng(2).integers(1, 50, size=(3, 3, 2))
+    image = Volume(array, grid)
+    # Above 0 after z-scoring: the mean is that of the box alone.
+    zscore = (Channel(name="MR", normalization=ZScore()),)
+    model = threshold_model(0, channels=zscore, crop_nonzero=True, spacing_mm=grid.reoriented("RAS").spacing_mm)
+    soft = SoftMaps(probabilities=True)
+    labels = model.segment(image, soft=soft).array[0]
+    expected = np.zeros(grid.shape, np.uint8)
+    expected[inside] = array[0][inside] > array[0][inside].mean()
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(soft.probabilities.array[1] > 0.5, expected)
+    assert model.segment(image.with_array(array * 0)).array.max() == 0
 
 
 def test_a_box_outside_the_image_is_refused(grid):

@@ -121,6 +121,27 @@ def test_a_fine_checkerboard_shrinks_to_gray_and_not_to_a_pattern():
     assert np.ptp(resample(board, grid.with_spacing((4, 4, 4)), order=0).array) == 0  # sampling alone sees one color
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["RAS", "PIR"]), order=st.sampled_from([1, 3]))
+def test_constant_regions_stay_constant_and_nothing_else_changes(seed, kind, order):
+    rng = np.random.default_rng(seed)
+    grid = make_grid(kind, tuple(rng.integers(20, 70, size=3).tolist()))
+    array = np.full((2, *grid.shape), -1024, np.int16)
+    start = rng.integers(0, np.array(grid.shape) - 4)
+    array[0, start[0] : start[0] + 4, start[1] : start[1] + 4, start[2] : start[2] + 4] = rng.integers(-9, 9, (4, 4, 4))
+    target = grid.reoriented("SAR").with_spacing(np.array(grid.reoriented("SAR").spacing_mm) * rng.uniform(0.7, 2.2))
+    image = Volume(array, grid)
+    result = resample(image, target, order=order).array
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg.process.resample._settle_constants", lambda *_: None)
+        unsettled = resample(image, target, order=order).array
+    np.testing.assert_allclose(result, unsettled, atol=1024 * 2e-6)
+    assert (result[1] == -1024).all()
+    index = grid.to_index(target.to_world(np.stack(np.indices(target.shape), axis=-1)))
+    far = (np.maximum(start - index, index - start - 3) > 40).any(axis=-1)
+    assert (result[0][far] == -1024).all()
+
+
 def test_outside_the_field_of_view_is_the_edge_or_the_fill():
     image = Volume(np.full((1, 4, 4, 4), 7.0), Grid((4, 4, 4), np.eye(4)))
     shifted = np.eye(4)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 import torch
@@ -16,14 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.model.prune import MIXED, Cells, ranked
-from medseg.process.resample import AxisPositions, parallel_axes
-from medseg.volume import Grid
+from medseg.process.resample import AxisPositions
 
 ON_VOXEL_TOLERANCE = 1e-6
 """A position this close to a voxel center, in voxels, is that voxel; scores change no more than by rounding."""
 
 BLOCK_VOXELS = 2**22
 """Target voxels that are looked through at once."""
+
+SCATTERED_VOXELS = 2**20
+"""Target voxels of a turned grid that are decided at once: their positions take 24 bytes each."""
 
 BLOCK_SCORES = 2**23
 """Scores held at once where every class is interpolated: 32 MB of float32."""
@@ -37,40 +38,24 @@ SAMPLE_VOXELS = 100
 PRUNING_COST = 30
 """Time that a class takes which remains after pruning, search included, over that of interpolating one densely."""
 
-Labels = NDArray[np.unsignedinteger]
 
-
-def argmax_slab(logits: Tensor, axes: Sequence[AxisPositions]) -> NDArray[np.uint16]:
+def winners_slab(logits: Tensor, axes: Sequence[AxisPositions], *, regions: bool = False) -> NDArray[np.uint16]:
     """Return, for each target voxel, the class whose linearly interpolated score is the largest.
 
     `logits` is (C, I, J, K) float32 with its axes in the order of the target's, in any layout of memory; `axes` says
     where the target's voxels lie along each, in voxels of this slab. Beyond the outer voxels their scores go on.
-    Of equal scores the lower class wins.
+    Of equal scores the lower class wins. With `regions`, which may overlap, the result is 1 + the last region whose
+    score is above 0, or 0 where there is none.
     """
-    return _slab(logits, axes, regions=False)
-
-
-def regions_slab(logits: Tensor, axes: Sequence[AxisPositions], order: Sequence[int]) -> Labels:
-    """Return labels of regions that may overlap: order[r] where the interpolated score of region r is above 0.
-
-    Later regions are painted over earlier ones; where there is none the label is 0. `logits` and `axes` are those of
-    `argmax_slab`.
-    """
-    return _painted(_slab(logits, axes, regions=True), order)
-
-
-def argmax_onto(logits: Tensor, grid: Grid, target: Grid) -> NDArray[np.uint16]:
-    """Return what `argmax_slab` does for logits (C, I, J, K) on `grid`; `target` may be turned or sheared."""
-    return _onto(logits, grid, target, regions=False)
-
-
-def regions_onto(logits: Tensor, grid: Grid, target: Grid, order: Sequence[int]) -> Labels:
-    """Return what `regions_slab` does for logits (C, I, J, K) on `grid`; `target` may be turned or sheared."""
-    return _painted(_onto(logits, grid, target, regions=True), order)
+    # In the order of memory, whatever the order of the target's axes.
+    order = sorted(range(3), key=lambda axis: -logits.stride(axis + 1))
+    scores = logits.permute(0, *(axis + 1 for axis in order))
+    labels = _decided(scores, _Parallel.of(scores, [axes[axis] for axis in order]), regions=regions)
+    return labels.transpose(np.argsort(order))
 
 
 def interpolate_slab(logits: Tensor, axes: Sequence[AxisPositions]) -> Tensor:
-    """Return the scores of every class at the target's voxels; `logits` and `axes` are those of `argmax_slab`."""
+    """Return the scores of every class at the target's voxels; `logits` and `axes` are those of `winners_slab`."""
     return _Parallel.of(logits, axes).interpolated(logits)
 
 
@@ -127,34 +112,34 @@ class _Parallel:
         return result
 
 
-@dataclass(frozen=True)
-class _Turned:
-    """Target voxels anywhere: `step` (4, 4) takes their index to the index of the scores."""
+class Scattered:
+    """The scores (C, I, J, K) of a slab, asked at positions anywhere in it, in voxels: three tensors (m)."""
 
-    size: tuple[int, ...]
-    shape: tuple[int, ...]
-    step: NDArray[np.floating]
+    def __init__(self, logits: Tensor, *, regions: bool = False):
+        self.size = tuple(logits.shape[1:])
+        self.cells = Cells.of(logits.detach(), tuple(size > 1 for size in self.size), regions=regions)
+        self.common = self.cells.common()
 
-    @property
-    def wide(self) -> tuple[bool, ...]:
-        return tuple(size > 1 for size in self.size)
+    def winners(self, positions: Sequence[Tensor]) -> Tensor:
+        """Return int16 (m) what `winners_slab` finds."""
+        place, fraction = self._locate(positions)
+        result = self.common.take(place)
+        mixed = (result == MIXED).nonzero()[:, 0]
+        if len(mixed):
+            kept = self.cells.kept(place[mixed[:: 1 + len(mixed) // SAMPLE_VOXELS]])
+            for piece in torch.split(mixed, max(1, int(PIECE_CLASSES / kept))):
+                result[piece] = self.cells.decide(place[piece], fraction[:, piece]).to(result.dtype)
+        return result
 
-    def spread(self, cells: Tensor) -> Tensor:
-        """Return the value of the cell that each target voxel lies in."""
-        result = cells.new_empty(prod(self.shape))
-        for first in range(0, len(result), BLOCK_VOXELS // 4):
-            part = result[first : first + BLOCK_VOXELS // 4]
-            place, _ = self.locate(torch.arange(first, first + len(part), device=cells.device))
-            part.copy_(cells.take(place))
-        return result.view(self.shape)
+    def scores(self, positions: Sequence[Tensor]) -> Tensor:
+        """Return (C, m) the interpolated scores of every class."""
+        return self.cells.interpolated(*self._locate(positions))
 
-    def locate(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, for flat indices of target voxels, their cells and fractions as `Cells.decide` takes them."""
-        i, j, k = torch.unravel_index(voxels.cpu(), self.shape)
-        positions = [float(a) * i + float(b) * j + float(c) * k + float(origin) for a, b, c, origin in self.step[:3]]
+    def _locate(self, positions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        device = self.common.device
         inside = map(_inside, positions, self.size)
-        low, fraction = zip(*map(_split, inside, self.size, self.wide), strict=True)
-        return _flat(low, self.size).to(voxels.device), torch.stack(fraction).to(voxels.device)
+        low, fraction = zip(*map(_split, inside, self.size, self.cells.wide), strict=True)
+        return _flat(low, self.size).to(device), torch.stack(fraction).to(device)
 
 
 def _inside(positions: Tensor, size: int) -> Tensor:
@@ -173,23 +158,7 @@ def _flat(index: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     return (i * size[1] + j) * size[2] + k
 
 
-def _slab(logits: Tensor, axes: Sequence[AxisPositions], *, regions: bool) -> NDArray[np.uint16]:
-    # In the order of memory, whatever the order of the target's axes.
-    order = sorted(range(3), key=lambda axis: -logits.stride(axis + 1))
-    scores = logits.permute(0, *(axis + 1 for axis in order))
-    labels = _decided(scores, _Parallel.of(scores, [axes[axis] for axis in order]), regions=regions)
-    return labels.transpose(np.argsort(order))
-
-
-def _onto(logits: Tensor, grid: Grid, target: Grid, *, regions: bool) -> NDArray[np.uint16]:
-    axes = parallel_axes(grid, target)
-    if axes is not None:
-        return _slab(logits.permute(0, *(axis.source_axis + 1 for axis in axes)), axes, regions=regions)
-    step = np.linalg.solve(grid.affine, target.affine)
-    return _decided(logits, _Turned(grid.shape, target.shape, step), regions=regions)
-
-
-def _decided(scores: Tensor, where: _Parallel | _Turned, *, regions: bool) -> NDArray[np.uint16]:
+def _decided(scores: Tensor, where: _Parallel, *, regions: bool) -> NDArray[np.uint16]:
     cells = Cells.of(scores.detach(), where.wide, regions=regions)
     labels = where.spread(cells.common())
     rows = max(1, BLOCK_VOXELS // labels[0].numel())
@@ -198,14 +167,14 @@ def _decided(scores: Tensor, where: _Parallel | _Turned, *, regions: bool) -> ND
     return labels.cpu().numpy().view(np.uint16)
 
 
-def _decide_rows(labels: Tensor, first: int, stop: int, cells: Cells, where: _Parallel | _Turned) -> None:
+def _decide_rows(labels: Tensor, first: int, stop: int, cells: Cells, where: _Parallel) -> None:
     plane = labels[0].numel()
     voxels = (labels[first:stop] == MIXED).flatten().nonzero()[:, 0] + first * plane
     if not len(voxels):
         return
     kept = cells.kept(where.locate(voxels[:: 1 + len(voxels) // SAMPLE_VOXELS])[0])
     dense = len(cells.scores) * (stop - first) * plane
-    if isinstance(where, _Parallel) and PRUNING_COST * kept * len(voxels) > dense:
+    if PRUNING_COST * kept * len(voxels) > dense:
         rows = max(1, BLOCK_SCORES // (len(cells.scores) * plane))
         for row in range(first, stop, rows):
             end = min(row + rows, stop)
@@ -213,8 +182,3 @@ def _decide_rows(labels: Tensor, first: int, stop: int, cells: Cells, where: _Pa
         return
     for piece in torch.split(voxels, max(1, int(PIECE_CLASSES / kept))):
         labels.view(-1)[piece] = cells.decide(*where.locate(piece)).to(labels.dtype)
-
-
-def _painted(winners: NDArray[np.uint16], order: Sequence[int]) -> Labels:
-    values = np.array([0, *order])
-    return values.astype(np.min_scalar_type(int(values.max())))[winners]

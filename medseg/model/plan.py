@@ -62,6 +62,7 @@ class Network(BaseModel):
 class Plan(BaseModel):
     """What a model decides about an image before its network sees it, and what its outputs mean.
 
+    With `crop_nonzero` only the smallest box around the voxels that are not 0 is looked at, the rest is background.
     An image is reoriented to `orientation`, resampled to `spacing_mm` with splines of `order`, normalized per channel
     and cut into tiles of `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped
     along them in use. The network's output 0 is background, output n the n-th label of the table.
@@ -77,6 +78,7 @@ class Plan(BaseModel):
     spacing_mm: tuple[Length, Length, Length]
     patch: Triple
     order: Literal[1, 3] = 3
+    crop_nonzero: bool = False
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     network: Network
 

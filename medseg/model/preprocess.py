@@ -38,3 +38,15 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
         nonzero = volume.with_array((volume.array != 0).any(axis=0, keepdims=True).astype(np.float32))
         mask = resample(nonzero, grid, order=1, fill=0).array[0] >= 0.5
     return resampled.with_array(normalize(finite_float32(resampled.array), schemes, mask))
+
+
+def nonzero_box(volume: Volume) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the (start, stop) indices of the smallest part that holds all voxels that are not 0 in some channel.
+
+    An image of zeros alone is its own box.
+    """
+    nonzero = (volume.array != 0).any(axis=0)
+    lines = [np.flatnonzero(nonzero.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
+    if not lines[0].size:
+        return (0, 0, 0), volume.grid.shape
+    return tuple(int(line[0]) for line in lines), tuple(int(line[-1]) + 1 for line in lines)

@@ -80,6 +80,12 @@ class Cells:
             result[voxels] = self._contest(*corners, number[voxels], fraction.index_select(1, voxels))
         return result
 
+    def interpolated(self, place: Tensor, fraction: Tensor) -> Tensor:
+        """Return the scores (C, m) of every class in the cells `place` (m), at the `fraction` (3, m) of each axis."""
+        address, _ = self._corners(place)
+        scores = [self._interpolated(self._scores(number, address), fraction) for number in range(len(self.scores))]
+        return torch.stack(scores)
+
     def kept(self, place: Tensor) -> float:
         """Return how many classes remain in the cells `place`, on average."""
         count, _, _ = self._remaining(*self._corners(place))

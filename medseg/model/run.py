@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from medseg.errors import MedsegError, OutputError, UsageError
 from medseg.io import VOLUME_ENDINGS, load, save
 from medseg.model.segmenter import Box, Model
+from medseg.model.soft import SoftMaps
 from medseg.model.timing import Report
 from medseg.report.measurements import Measurement, measure
 from medseg.volume import Volume
@@ -24,13 +25,21 @@ Source = Path | tuple[Path, ...]
 
 @dataclass(frozen=True)
 class Options:
-    """How a scan is segmented; the fields are those of `Model.segment`, and `assume_orientation` is that of `load`."""
+    """How a scan is segmented and what is written beside its labels.
+
+    The first fields are those of `Model.segment`, and `assume_orientation` is that of `load`. Beside labels NAME.nii.gz
+    stand, where asked for, NAME_probability_VALUE.nii.gz of each label and NAME_uncertainty.nii.gz, both float32 as
+    `SoftMaps` has them; `expected_volumes` adds to the measurements the volumes that the probabilities sum up to.
+    """
 
     roi: Box | None = None
     step: float = 0.5
     mirror: bool = False
     reuse: bool = True
     assume_orientation: str | None = None
+    probabilities: bool = False
+    uncertainty: bool = False
+    expected_volumes: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,8 @@ def segment_file(
     `source` is a volume, a DICOM series folder, or a tuple of them, one for each channel.
     Raises what reading, segmenting or writing raises.
     """
-    options = options or Options()
-    volume, report = _read(source, options)
-    labels = _segment(model, volume, source, options, report, progress)
-    return _finish(model, labels, source, Path(target), report)
+    job = _Job(model, options or Options(), source, Path(target))
+    return job.finish(*job.segment(job.read(), progress))
 
 
 def segment_folder(
@@ -87,24 +94,23 @@ def segment_folder(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"The folder cannot be made: {error.strerror}.", path=target) from error
-    chosen, files = options or Options(), volume_files(source)
-    last: tuple[Path, Future[Outcome]] | None = None
+    jobs = [_Job(model, options or Options(), file, target / file.name) for file in volume_files(source)]
+    last: tuple[_Job, Future[Outcome]] | None = None
     with ThreadPoolExecutor(2) as pool:
-        ahead = pool.submit(_read, files[0], chosen) if files else None
-        for place, file in enumerate(files):
-            now, ahead = ahead, pool.submit(_read, files[place + 1], chosen) if place + 1 < len(files) else None
+        ahead = pool.submit(jobs[0].read) if jobs else None
+        for place, job in enumerate(jobs):
+            now, ahead = ahead, pool.submit(jobs[place + 1].read) if place + 1 < len(jobs) else None
             written: Future[Outcome] = Future()
             try:
-                volume, report = now.result() if now else _read(file, chosen)
-                labels = _segment(model, volume, file, chosen, report, progress)
-                written = pool.submit(_finish, model, labels, file, target / file.name, report)
+                volume = now.result() if now else job.read()
+                written = pool.submit(job.finish, *job.segment(volume, progress))
             except MedsegError as error:
                 written.set_exception(error)
             if last:
-                yield _settled(*last, target)
-            last = file, written
+                yield _settled(*last)
+            last = job, written
         if last:
-            yield _settled(*last, target)
+            yield _settled(*last)
 
 
 def volume_files(folder: Path) -> list[Path]:
@@ -112,42 +118,76 @@ def volume_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(VOLUME_ENDINGS))
 
 
-def _read(source: Source, options: Options) -> tuple[Volume, Report]:
-    report = Report()
-    with report.stage("read"):
-        return load(source, assume_orientation=options.assume_orientation), report
+@dataclass(frozen=True)
+class _Job:
+    """One scan on its way: read, segmented, written."""
+
+    model: Model
+    options: Options
+    source: Source
+    target: Path
+    report: Report = field(default_factory=Report)
+
+    @property
+    def first(self) -> Path:
+        return self.source if isinstance(self.source, Path) else self.source[0]
+
+    def read(self) -> Volume:
+        with self.report.stage("read"):
+            return load(self.source, assume_orientation=self.options.assume_orientation)
+
+    def segment(self, volume: Volume, progress: Progress | None) -> tuple[Volume, SoftMaps | None]:
+        options, soft = self.options, None
+        if options.probabilities or options.uncertainty or options.expected_volumes:
+            folder = self.target.parent
+            soft = SoftMaps(probabilities=options.probabilities, uncertainty=options.uncertainty, folder=folder)
+
+        def show(done: int, total: int) -> None:
+            if progress:
+                progress(self.first.name, done, total)
+
+        labels = self.model.segment(
+            volume,
+            roi=options.roi,
+            step=options.step,
+            mirror=options.mirror,
+            reuse=options.reuse,
+            soft=soft,
+            progress=show,
+            report=self.report,
+        )
+        return labels, soft
+
+    def finish(self, labels: Volume, soft: SoftMaps | None) -> Outcome:
+        with self.report.stage("measure"):
+            measurements = tuple(measure(labels, self.model.plan.labels))
+            if soft and self.options.expected_volumes:
+                values = [label.value for label in self.model.plan.labels]
+                expected = dict(zip(values, soft.volumes_ml[1:], strict=True))
+                measurements = tuple(replace(row, expected_volume_ml=expected.get(row.value)) for row in measurements)
+        with self.report.stage("write"):
+            # The labels come last: where they are, the rest is.
+            for end, volume in self._maps(soft) if soft else ():
+                save(volume, _beside(self.target, end), source=self.first)
+            save(labels, self.target, source=self.first)
+        return Outcome(self.source, self.target, measurements, self.report)
+
+    def _maps(self, soft: SoftMaps) -> Iterator[tuple[str, Volume]]:
+        if soft.probabilities:
+            for label, channel in zip(self.model.plan.labels, soft.probabilities.array[1:], strict=True):
+                yield f"probability_{label.value}", soft.probabilities.with_array(channel[None])
+        if soft.uncertainty:
+            yield "uncertainty", soft.uncertainty
 
 
-def _segment(
-    model: Model, volume: Volume, source: Source, options: Options, report: Report, progress: Progress | None
-) -> Volume:
-    name = (source if isinstance(source, Path) else source[0]).name
-
-    def show(done: int, total: int) -> None:
-        if progress:
-            progress(name, done, total)
-
-    return model.segment(
-        volume,
-        roi=options.roi,
-        step=options.step,
-        mirror=options.mirror,
-        reuse=options.reuse,
-        progress=show,
-        report=report,
-    )
+def _beside(path: Path, end: str) -> Path:
+    """Return the path of a file that stands beside `path` and whose name goes on with `end`."""
+    ending = next((one for one in VOLUME_ENDINGS if path.name.lower().endswith(one)), "")
+    return path.with_name(f"{path.name[: len(path.name) - len(ending)]}_{end}{ending}")
 
 
-def _finish(model: Model, labels: Volume, source: Source, target: Path, report: Report) -> Outcome:
-    with report.stage("measure"):
-        measurements = tuple(measure(labels, model.plan.labels))
-    with report.stage("write"):
-        save(labels, target, source=source if isinstance(source, Path) else source[0])
-    return Outcome(source, target, measurements, report)
-
-
-def _settled(file: Path, written: Future[Outcome], target: Path) -> Outcome:
+def _settled(job: _Job, written: Future[Outcome]) -> Outcome:
     try:
         return written.result()
     except MedsegError as error:
-        return Outcome(file, target / file.name, error=error)
+        return Outcome(job.source, job.target, error=error)

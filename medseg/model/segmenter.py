@@ -15,9 +15,10 @@ from medseg.errors import ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import prepare
+from medseg.model.preprocess import nonzero_box, prepare
 from medseg.model.runtime import Runtime, make_runtime
-from medseg.model.stream import labels_from_rows
+from medseg.model.soft import SoftMaps
+from medseg.model.stream import pieces
 from medseg.model.timing import Report
 from medseg.model.weights import find_model, load_network
 from medseg.model.window import Progress, Window, finished_rows
@@ -85,7 +86,7 @@ class Model:
         networks = [load_network(plan, file) for file in files]
         return cls(plan, networks, pick_device(device), runtime=runtime, threads=threads, precision=precision)
 
-    def segment(
+    def segment(  # noqa: PLR0913 - one option for each decision
         self,
         volume: Volume,
         *,
@@ -93,6 +94,7 @@ class Model:
         step: float = 0.5,
         mirror: bool = False,
         reuse: bool = True,
+        soft: SoftMaps | None = None,
         progress: Progress | None = None,
         report: Report | None = None,
     ) -> Volume:
@@ -100,25 +102,34 @@ class Model:
 
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
         `step` is the distance between tiles as a share of the patch. `mirror` averages the logits over the flips that
-        the plan allows. `reuse` computes tiles of one constant value once, with the same result. `report` is filled in.
+        the plan allows. `reuse` computes tiles of one constant value once, with the same result. `soft` and `report`
+        are filled in.
         Raises InputError for an image that does not fit the plan, GeometryError for a box outside it.
         """
         report = report or Report()
-        values = np.array([0, *(label.value for label in self.plan.labels)])
-        values = values.astype(np.min_scalar_type(int(values.max())))
         start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
         part = volume.cropped(start, stop)
+        if self.plan.crop_nonzero:
+            offset, size = nonzero_box(part)
+            part = part.cropped(offset, size)
+            start, stop = _sum(start, offset), _sum(start, size)
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
+        values = np.array([0, *(label.value for label in self.plan.labels)])
+        labels = np.zeros(volume.grid.shape, np.min_scalar_type(int(values.max())))
+        if soft is not None:
+            soft.begin(volume.grid, self.plan.outputs, box, regions=False)
         with report.stage("export"):
-            labels = labels_from_rows(rows, axis, prepared.grid, part.grid, values)
+            for piece in pieces(rows, axis, prepared.grid, part.grid):
+                labels[box][piece.index] = values.astype(labels.dtype)[piece.winners]
+                if soft is not None:
+                    with report.stage("soft"):
+                        soft.take(piece)
         report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
-        if roi is not None:
-            inside, labels = labels, np.zeros(volume.grid.shape, values.dtype)
-            labels[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))] = inside
         return volume.with_array(labels[None])
 
     def logits(self, prepared: Volume, *, step: float = 0.5, mirror: bool = False, reuse: bool = True) -> Tensor:
@@ -165,6 +176,10 @@ class Model:
         axes = self.plan.mirror_axes if mirror else ()
         batch = 1 if self.device.type == "cpu" else GPU_BATCH
         return Predictor(lambda tiles: runtime(tiles.to(self.device)), mirror_axes=axes, reuse=reuse, batch=batch)
+
+
+def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(one + other for one, other in zip(a, b, strict=True))
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ BLOCK_VOXELS = 2**22
 
 SPLINE_REACH = 12
 """Voxels around a block that its cubic spline needs: a neighbor's weight falls by 0.27 a voxel, to 1e-7 here."""
+
+POOLED_EDGE, SETTLED_EDGE = 4, 8
+"""Edges of the blocks of source and result in which constant regions are looked for."""
 
 Matrix = NDArray[np.float32]
 
@@ -58,7 +62,8 @@ def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | None =
     """Return `volume` sampled onto `grid`; exact, in its own type, where the voxels of both coincide, else float32.
 
     `order` is 0 (nearest), 1 (linear) or 3 (cubic B-spline). Along an axis that shrinks by more than SHRINK_LIMIT the
-    image is smoothed by a Gaussian first. Outside its field of view the volume goes on with its edge value, or
+    image is smoothed by a Gaussian first. Where all that a voxel draws on is one value, that is its value, without the
+    rounding of the sum. Outside its field of view the volume goes on with its edge value, or
     is `fill` where that is given. Raises GeometryError where the two do not overlap and InputError for NaN or infinity.
     """
     if order not in (0, 1, 3):
@@ -77,6 +82,7 @@ def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | None =
     else:
         matrices = [axis_matrix(axis, size, order=order) for axis, size in zip(axes, sizes, strict=True)]
         result = apply_matrices(finite_float32(array), matrices)
+        _settle_constants(array, result, axes)
     if fill is not None:
         _fill_outside(result, inside, fill)
     return Volume(result, grid)
@@ -143,6 +149,52 @@ def apply_matrices(array: NDArray[np.float32], matrices: Sequence[Matrix]) -> ND
             flat = matrix @ array.reshape(*array.shape[:2], -1)
             array = flat.reshape(array.shape[0], len(matrix), *array.shape[2:])
     return array
+
+
+def _settle_constants(source: NDArray[np.generic], result: NDArray[np.float32], axes: Sequence[AxisPositions]) -> None:
+    """Set blocks of the result to a value that holds throughout what they draw on of the source: air becomes constant.
+
+    Beyond SPLINE_REACH a spline's weights sum to less than float32 can tell.
+    """
+    low, high = _pooled(source, np.minimum), _pooled(source, np.maximum)
+    for place, axis in enumerate(axes):
+        reach = SPLINE_REACH + (int(4 * _blur(abs(axis.step))) + 1 if abs(axis.step) > SHRINK_LIMIT else 0)
+        spans = _spans(axis, source.shape[place + 1], reach)
+        low = np.stack([low.take(range(*span), place + 1).min(place + 1) for span in spans], place + 1)
+        high = np.stack([high.take(range(*span), place + 1).max(place + 1) for span in spans], place + 1)
+    constant = low == high
+    for channel, row in np.argwhere(constant.any(axis=(2, 3))):
+        rows = result[channel, row * SETTLED_EDGE : (row + 1) * SETTLED_EDGE]
+        where, values = (_spread(blocks[channel, row], rows.shape[1:]) for blocks in (constant, low))
+        np.copyto(rows, values, where=where, casting="unsafe")
+
+
+def _spread(blocks: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    return blocks.repeat(SETTLED_EDGE, axis=0).repeat(SETTLED_EDGE, axis=1)[: shape[0], : shape[1]]
+
+
+def _pooled(array: NDArray[np.generic], extreme: np.ufunc) -> NDArray[np.generic]:
+    """Return the extreme of each block of POOLED_EDGE voxels; the last ones may be smaller."""
+    # The axis with the largest steps in memory first: whole lines are compared at once.
+    for axis in sorted((1, 2, 3), key=lambda axis: -array.strides[axis]):
+        lines = np.moveaxis(array, axis, 0)
+        pooled = lines[::POOLED_EDGE].copy(order="K")
+        for offset in range(1, POOLED_EDGE):
+            others = lines[offset::POOLED_EDGE]
+            extreme(pooled[: len(others)], others, out=pooled[: len(others)])
+        array = np.moveaxis(pooled, 0, axis)
+    return array
+
+
+def _spans(axis: AxisPositions, size: int, reach: int) -> list[tuple[int, int]]:
+    """Return for each block along an axis of the result which blocks of the source, from up to, it draws on."""
+    positions = np.clip(axis.positions, 0, size - 1)
+    starts = range(0, len(positions), SETTLED_EDGE)
+    blocks = [positions[start : start + SETTLED_EDGE] for start in starts]
+    last = (size - 1) // POOLED_EDGE
+    low = [max(0, int(block.min() - reach) // POOLED_EDGE) for block in blocks]
+    high = [min(last, int(block.max() + reach + 1) // POOLED_EDGE) for block in blocks]
+    return [(a, b + 1) for a, b in zip(low, high, strict=True)]
 
 
 def _linear(positions: NDArray[np.float64], size: int) -> NDArray[np.float64]:

@@ -19,6 +19,8 @@ from medseg.volume import Volume
 class Measurement:
     """One structure: its volume, its center in RAS+ mm and, with an image, mean and deviation in the image's units.
 
+    `expected_volume_ml` sums the probabilities that a model gave it, so that a voxel counts by its share.
+
     What cannot be said of a structure that is not there, or without an image, is None.
     """
 
@@ -29,6 +31,7 @@ class Measurement:
     centroid_mm: tuple[float, float, float] | None
     intensity_mean: float | None = None
     intensity_std: float | None = None
+    expected_volume_ml: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement as JSON takes it."""
