@@ -42,6 +42,15 @@ Assume = Annotated[
     str | None,
     typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
 ]
+Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")]
+Uncertainty = Annotated[
+    bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")
+]
+ExpectedVolumes = Annotated[
+    bool, typer.Option("--expected-volumes", help="Also sum the probabilities of each label to a volume.")
+]
+Mirror = Annotated[bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")]
+Reuse = Annotated[bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")]
 
 
 def main() -> None:
@@ -111,12 +120,8 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         str | None, typer.Option(help="A box in mm of RAS+ world space: x,y,z,x,y,z. The rest stays 0.")
     ] = None,
     step: Annotated[float, typer.Option(help="Distance between tiles as a share of the patch.")] = 0.5,
-    mirror: Annotated[
-        bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")
-    ] = False,
-    reuse: Annotated[
-        bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")
-    ] = True,
+    mirror: Mirror = False,
+    reuse: Reuse = True,
     device: Device = None,
     runtime: Annotated[
         str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest here.")
@@ -124,15 +129,9 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     threads: Annotated[int | None, typer.Option(help="CPU threads of the network.", min=1)] = None,
     precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
     assume_orientation: Assume = None,
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")
-    ] = False,
-    uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")
-    ] = False,
-    expected_volumes: Annotated[
-        bool, typer.Option("--expected-volumes", help="Also sum the probabilities of each label to a volume.")
-    ] = False,
+    probabilities: Probabilities = False,
+    uncertainty: Uncertainty = False,
+    expected_volumes: ExpectedVolumes = False,
     report: Annotated[Path | None, typer.Option(help="Write times, memory and volumes of each scan as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
