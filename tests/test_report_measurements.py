@@ -36,7 +36,7 @@ def test_numbers_by_hand() -> None:
     assert (liver.intensity_mean, liver.intensity_std) == (None, None)
     assert spleen.to_dict() == {
         "value": 2, "name": "spleen", "voxels": 0, "volume_ml": 0.0,
-        "centroid_mm": None, "intensity_mean": None, "intensity_std": None,
+        "centroid_mm": None, "intensity_mean": None, "intensity_std": None, "expected_volume_ml": None,
     }  # fmt: skip
     assert (unknown.value, unknown.name, unknown.voxels) == (7, "label 7", 1)
     assert unknown.centroid_mm == pytest.approx((10, 23, 30))

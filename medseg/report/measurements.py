@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,9 @@ from numpy.typing import NDArray
 from medseg.errors import GeometryError, InputError
 from medseg.labels import Label
 from medseg.volume import Volume
+
+DENSE_LABELS = 2**16
+"""Labels below this are counted without being sorted first."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,32 @@ def label_map(labels: Volume) -> NDArray[np.integer[Any]]:
 
 def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[int, NDArray[np.float64]]:
     """Return for each label the number of its voxels and the sums over them of i, j, k, intensity and its square."""
-    sums: dict[int, NDArray[np.float64]] = defaultdict(lambda: np.zeros(6))
-    for k in range(values.shape[2]):
-        i, j = np.nonzero(values[:, :, k])
-        found, place = np.unique(values[i, j, k], return_inverse=True)
-        shade = np.zeros(len(i)) if image is None else image[i, j, k].astype(np.float64)
-        terms = (np.ones(len(i)), i, j, np.full(len(i), k), shade, shade**2)
-        rows = np.stack([np.bincount(place, weights=term) for term in terms], axis=1)
-        for value, row in zip(found.tolist(), rows, strict=True):
-            sums[value] += row
-    return dict(sums)
+    distinct, numbers = _numbered(values)
+    sums = np.zeros((6, len(distinct)))
+    # Slabs as they lie in memory, whatever the order of the axes.
+    order = sorted(range(3), key=lambda axis: -numbers.strides[axis])
+    shades = None if image is None else image.transpose(order)
+    for row, slab in enumerate(numbers.transpose(order)):
+        p, q = np.nonzero(slab)
+        found = slab[p, q]
+        terms: list[NDArray[Any] | None] = [None, p, q]
+        if shades is not None:
+            shade = shades[row][p, q].astype(np.float64)
+            terms += [shade, shade**2]
+        count, *others = (np.bincount(found, weights=term, minlength=len(distinct)) for term in terms)
+        places = [0, *(axis + 1 for axis in order), 4, 5]
+        for place, total in zip(places, [count, row * count, *others], strict=False):
+            sums[place] += total
+    return {int(distinct[number]): sums[:, number] for number in np.flatnonzero(sums[0])}
+
+
+def _numbered(values: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.integer[Any]]]:
+    """Return labels, and the voxels as numbers of them of which 0 is background."""
+    largest = int(values.max())
+    if largest < DENSE_LABELS:
+        return np.arange(largest + 1), values
+    distinct, numbers = np.unique(np.append(values.ravel(), values.dtype.type(0)), return_inverse=True)
+    return distinct, numbers[:-1].reshape(values.shape)
 
 
 def _measurement(
