@@ -32,7 +32,9 @@ def main() -> None:
     model, source, target = (Path(argument) for argument in sys.argv[1:])
     plan = json.loads((model / "plan.json").read_text(encoding="utf-8"))
     network = _network(plan)
-    network.load_state_dict(load_file(model / "fold_0.safetensors"), strict=False)
+    levels = len(plan["network"]["features"])
+    state = {_name(name, levels): tensor for name, tensor in load_file(model / "fold_0.safetensors").items()}
+    network.load_state_dict(state, strict=False)
     scheme = plan["channels"][0]["normalization"]
     low, high = ((scheme[end] - scheme["mean"]) / scheme["std"] for end in ("lower", "upper"))
     before = Compose([
@@ -65,6 +67,20 @@ def _network(plan: dict) -> DynUNet:
         filters=shape["features"],
         trans_bias=True,
     ).eval()
+
+
+def _name(name: str, levels: int) -> str:
+    """Return what DynUNet calls a tensor of medseg's U-Net."""
+    room, place, *rest = name.split(".")
+    if room == "outputs":
+        return f"output_block.conv.conv.{rest[0]}"
+    if room == "up":
+        return f"upsamples.{place}.transp_conv.conv.{rest[0]}"
+    layer = f"{rest[1]}{int(rest[0]) + 1}" + (".conv" if rest[1] == "conv" else "") + f".{rest[2]}"
+    if room == "decoder":
+        return f"upsamples.{place}.conv_block.{layer}"
+    stages = {0: "input_block", levels - 1: "bottleneck"}
+    return f"{stages.get(int(place), f'downsamples.{int(place) - 1}')}.{layer}"
 
 
 if __name__ == "__main__":

@@ -110,30 +110,34 @@ def _architecture(network: dict[str, Any]) -> dict[str, Any]:
 def _state(weights: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
     """Return PlainConvUNet's state: each convolution stands there twice, and the encoder once more in the decoder."""
     state: dict[str, torch.Tensor] = {}
-
-    def block(target: str, source: str) -> None:
-        for place in (0, 1):
-            kernel = _turned(weights[f"{source}.conv{place + 1}.conv.weight"])
-            tensors = {"conv.weight": kernel, "conv.bias": torch.zeros(len(kernel))}
-            tensors |= {f"norm.{part}": weights[f"{source}.norm{place + 1}.{part}"] for part in ("weight", "bias")}
-            for name, tensor in tensors.items():
-                twin = name.replace("conv.", "all_modules.0.").replace("norm.", "all_modules.1.")
-                state[f"{target}.convs.{place}.{name}"] = state[f"{target}.convs.{place}.{twin}"] = tensor
-
-    for level in range(levels):
-        source = "input_block" if level == 0 else f"downsamples.{level - 1}"
-        for root in ("encoder", "decoder.encoder"):
-            block(f"{root}.stages.{level}.0", "bottleneck" if level == levels - 1 else source)
-    for stage in range(levels - 1):
-        block(f"decoder.stages.{stage}", f"upsamples.{stage}.conv_block")
-        up = f"upsamples.{stage}.transp_conv.conv"
-        state[f"decoder.transpconvs.{stage}.weight"] = _turned(weights[f"{up}.weight"])
-        state[f"decoder.transpconvs.{stage}.bias"] = weights[f"{up}.bias"]
-        head, outputs = f"decoder.seg_layers.{stage}", weights["output_block.conv.conv.bias"]
-        inputs = len(state[f"decoder.stages.{stage}.convs.1.conv.bias"])
-        state |= {f"{head}.weight": torch.zeros(len(outputs), inputs, 1, 1, 1), f"{head}.bias": outputs}
-    state[f"decoder.seg_layers.{levels - 2}.weight"] = _turned(weights["output_block.conv.conv.weight"])
+    for name, tensor in weights.items():
+        room, stage, *rest = name.split(".")
+        if room == "up":
+            state[f"decoder.transpconvs.{stage}.{rest[0]}"] = _turned(tensor) if tensor.ndim == 5 else tensor
+        elif room == "encoder":
+            for root in ("encoder", "decoder.encoder"):
+                state |= _twice(f"{root}.stages.{stage}.0", rest, tensor)
+        elif room == "decoder":
+            state |= _twice(f"decoder.stages.{stage}", rest, tensor)
+    for stage in range(levels - 1):  # the heads of lower resolutions are there and have no effect
+        inputs = len(state[f"decoder.stages.{stage}.convs.0.conv.bias"])
+        bias = weights["outputs.0.bias"]
+        state |= {f"decoder.seg_layers.{stage}.weight": torch.zeros(len(bias), inputs, 1, 1, 1)}
+        state |= {f"decoder.seg_layers.{stage}.bias": bias}
+    state[f"decoder.seg_layers.{levels - 2}.weight"] = _turned(weights["outputs.0.weight"])
     return state
+
+
+def _twice(stage: str, rest: list[str], tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a tensor under both of its names; nnU-Net's convolutions have a bias, without effect before the norm."""
+    place, part, kind = rest
+    tensors = {f"{part}.{kind}": _turned(tensor) if part == "conv" else tensor}
+    if part == "conv":
+        tensors["conv.bias"] = torch.zeros(len(tensor))
+    twins = {
+        name.replace("conv.", "all_modules.0.").replace("norm.", "all_modules.1."): t for name, t in tensors.items()
+    }
+    return {f"{stage}.convs.{place}.{name}": value for name, value in (tensors | twins).items()}
 
 
 def _turned(kernel: torch.Tensor) -> torch.Tensor:

@@ -71,11 +71,11 @@ def random_network(plan: Plan, scan: Tensor, seed: int) -> nn.Module:
     random = torch.Generator().manual_seed(seed)
     network = build_network(plan.network, len(plan.channels), plan.outputs).eval()
     for name, weight in network.named_parameters():
-        if weight.ndim == 5 and not name.startswith("output_block."):
+        if weight.ndim == 5 and not name.startswith("outputs."):
             weight.data = _random_kernels(name, weight.shape, random)
-        elif name == f"upsamples.{LEVELS - 2}.conv_block.norm2.bias":
+        elif name == f"decoder.{LEVELS - 2}.1.norm.bias":
             weight.data.fill_(LAST_SHIFT)
-    last = network.get_submodule("output_block.conv.conv")
+    last = network.get_submodule("outputs.0")
     features: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.inference_mode():
@@ -100,13 +100,15 @@ def _middle(realdata: Path, plan: Plan) -> Tensor:
 
 def _random_kernels(name: str, shape: torch.Size, random: torch.Generator) -> Tensor:
     mix = torch.randn(shape[:2], generator=random)
-    if "transp_conv" in name:  # one kernel value: a step of 2 voxels shows no checkerboard
+    if name.startswith("up."):  # one kernel value: a step of 2 voxels shows no checkerboard
         return (mix * shape[0] ** -0.5)[:, :, None, None, None].expand(shape).clone()
-    if "conv_block.conv1" in name:  # its inputs are the features from below, then those of the skip
+    if (
+        name.startswith("decoder.") and ".0.conv." in name
+    ):  # its inputs are the features from below, then those of the skip
         mix[:, shape[1] // 2 :] *= SKIP_SHARE
     line = torch.tensor([0.25, 0.5, 0.25])
     smooth = (mix * (2 / shape[1]) ** 0.5)[:, :, None, None, None] * (line[:, None, None] * line[:, None] * line)
-    if name.startswith("upsamples."):
+    if name.startswith("decoder."):
         return smooth
     return smooth + ROUGHNESS * torch.randn(shape, generator=random) * (2 / (shape[1] * 27)) ** 0.5
 

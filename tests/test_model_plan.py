@@ -68,8 +68,17 @@ def test_labels_need_ascending_values_of_their_own():
 def test_a_network_needs_one_entry_for_each_resolution():
     with pytest.raises(ValidationError, match="one entry per resolution"):
         Network(features=(4, 8, 8), kernels=((3, 3, 3),) * 2, strides=((1, 1, 1),) * 3, heads=0)
-    with pytest.raises(ValidationError, match="heads at most levels - 2"):
+    with pytest.raises(ValidationError, match="heads are at most levels - 2"):
         Network(features=(4, 8, 8), kernels=((3, 3, 3),) * 3, strides=((1, 1, 1),) * 3, heads=2)
+    with pytest.raises(ValidationError, match="decoder_blocks one less"):
+        Network(features=(4, 8), kernels=((3, 3, 3),) * 2, strides=((1, 1, 1),) * 2, decoder_blocks=(2, 2), heads=0)
+    with pytest.raises(ValidationError, match="the first stride is 1, 1, 1"):
+        Network(features=(4, 8), kernels=((3, 3, 3),) * 2, strides=((2, 1, 1),) * 2, heads=0)
+
+
+def test_a_network_has_two_blocks_at_each_resolution_where_the_plan_says_nothing_else():
+    network = Network(features=(4, 8, 8), kernels=((3, 3, 3),) * 3, strides=((1, 1, 1),) * 3, heads=0)
+    assert (network.blocks, network.decoder_blocks, network.residual) == ((2, 2, 2), (2, 2), False)
 
 
 def test_normalizations_are_told_apart_by_their_kind(tmp_path):

@@ -57,7 +57,7 @@ def test_a_short_training_finds_the_ball_and_leaves_a_model_that_runs_anywhere(b
     stages = []
     model = train_model(balls, plan, tmp_path / "model", budget="50steps", settings=FAST, progress=stages.append)
     scores = loop.validate_fold(model, balls, tmp_path / "model")
-    assert scores.mean["dice"] > 0.8
+    assert scores.mean["dice"] > 0.75
     assert {now.stage for now in stages} == {"prepare", "train"}
     last = stages[-1]
     assert (last.done, last.step, last.seconds_left) == (1.0, 50, 0.0)

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
 
-from medseg.model.plan import Network
+import torch
+from torch import Tensor, nn
+
+from medseg.model.plan import Network, Triple
+
+SLOPE = 0.01
+"""Of the leaky ReLU below 0."""
+
+ONE: Triple = (1, 1, 1)
 
 
 def build_network(network: Network, inputs: int, outputs: int) -> nn.Module:
     """Return an untrained U-Net that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
 
-    Instance normalization, leaky ReLU and transposed convolutions as in nnU-Net (Isensee et al., Nature Methods 2021),
-    built as MONAI's DynUNet. In training mode with heads it returns (B, 1 + heads, outputs, I, J, K), the finest first.
+    In training mode it returns a list of logits, one for each resolution that has a head, the finest first.
     """
-    from monai.networks.nets.dynunet import DynUNet
-
-    unet: nn.Module = DynUNet(
-        spatial_dims=3,
-        in_channels=inputs,
-        out_channels=outputs,
-        kernel_size=network.kernels,
-        strides=network.strides,
-        upsample_kernel_size=network.strides[1:],
-        filters=network.features,
-        deep_supervision=network.heads > 0,
-        deep_supr_num=max(1, network.heads),
-        trans_bias=True,
-    )
-    _per_channel_groups(unet)
-    return unet
+    return UNet(network, inputs, outputs).apply(_initialize)
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
@@ -42,12 +33,106 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
 
 
-def _per_channel_groups(network: nn.Module) -> None:
-    """Replace instance normalization by groups of one channel: the same numbers, but it keeps channels last.
+class UNet(nn.Module):
+    """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), plain or with a residual encoder.
 
-    torch's InstanceNorm3d turns its input back into contiguous memory, and every convolution after it turns it again.
+    The decoder's stages are counted from the bottleneck up, `outputs` from the finest resolution down.
     """
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.InstanceNorm3d):
-                setattr(module, name, nn.GroupNorm(child.num_features, child.num_features, eps=child.eps))
+
+    def __init__(self, plan: Network, inputs: int, outputs: int):
+        super().__init__()
+        features = plan.features
+        self.stem = _Convolution(inputs, features[0], plan.kernels[0]) if plan.residual else nn.Identity()
+        widths = [features[0] if plan.residual else inputs, *features]
+        block = _Residual if plan.residual else _Convolution
+        self.encoder = nn.ModuleList(
+            _stage(block, widths[level : level + 2], plan.kernels[level], plan.strides[level], plan.blocks[level])
+            for level in range(len(features))
+        )
+        upward = range(len(features) - 2, -1, -1)
+        self.up = nn.ModuleList(
+            _upsampling(features[level + 1], features[level], plan.strides[level + 1]) for level in upward
+        )
+        self.decoder = nn.ModuleList(
+            _stage(_Convolution, (2 * features[level], features[level]), plan.kernels[level], ONE, count)
+            for level, count in zip(upward, plan.decoder_blocks, strict=True)
+        )
+        self.outputs = nn.ModuleList(nn.Conv3d(width, outputs, 1) for width in features[: plan.heads + 1])
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Return the logits of images; in training mode a list of them."""
+        image = self.stem(image)
+        skips = []
+        for stage in self.encoder:
+            image = stage(image)
+            skips.append(image)
+        skips.pop()
+        decoded = []
+        for up, stage in zip(self.up, self.decoder, strict=True):
+            image = stage(torch.cat([up(image), skips.pop()], dim=1))
+            if self.training:
+                decoded.append(image)
+        if not self.training:
+            return self.outputs[0](image)  # type: ignore[no-any-return]
+        return [output(part) for output, part in zip(self.outputs, reversed(decoded), strict=False)]
+
+
+class _Convolution(nn.Module):
+    """Convolution, instance normalization and, if `active`, a leaky ReLU.
+
+    The normalization is groups of one channel: the same numbers as torch's InstanceNorm3d, which turns its input back
+    into contiguous memory. It subtracts the mean of each channel, so that a bias before it would have no effect.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = ONE, *, active: bool = True):
+        super().__init__()
+        padding = ((kernel[0] - 1) // 2, (kernel[1] - 1) // 2, (kernel[2] - 1) // 2)
+        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.norm = nn.GroupNorm(outputs, outputs)
+        self.active = _leaky_relu() if active else nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.active(self.norm(self.conv(image)))  # type: ignore[no-any-return]
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside a skip that pools and projects where resolution and width change.
+
+    Source: He et al., "Bag of tricks for image classification", CVPR 2019 (ResNet-D).
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = ONE):
+        super().__init__()
+        self.conv1 = _Convolution(inputs, outputs, kernel, stride)
+        self.conv2 = _Convolution(outputs, outputs, kernel, active=False)
+        self.pool = nn.Identity() if stride == ONE else nn.AvgPool3d(stride)
+        self.skip = nn.Identity() if inputs == outputs else _Convolution(inputs, outputs, ONE, active=False)
+        self.active = _leaky_relu()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.active(self.conv2(self.conv1(image)) + self.skip(self.pool(image)))  # type: ignore[no-any-return]
+
+
+def _stage(
+    block: type[_Convolution] | type[_Residual], widths: Sequence[int], kernel: Triple, stride: Triple, count: int
+) -> nn.Sequential:
+    first = block(widths[0], widths[1], kernel, stride)
+    return nn.Sequential(first, *(block(widths[1], widths[1], kernel) for _ in range(count - 1)))
+
+
+def _leaky_relu() -> nn.Module:
+    return nn.LeakyReLU(SLOPE, inplace=True)
+
+
+def _upsampling(inputs: int, outputs: int, stride: Triple) -> nn.ConvTranspose3d:
+    return nn.ConvTranspose3d(inputs, outputs, stride, stride)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Draw weights as He et al. (ICCV 2015) do for leaky ReLUs; a residual block begins as its skip alone."""
+    if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, _Residual):
+        nn.init.zeros_(module.conv2.norm.weight)

@@ -14,7 +14,8 @@ from medseg.io.files import written_whole
 from medseg.labels import Label
 from medseg.process.normalize import Normalization
 
-Triple = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[Count, Count, Count]
 Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -30,23 +31,36 @@ class Channel(BaseModel):
 class Network(BaseModel):
     """A U-Net: features, kernel sizes and strides of each resolution from the finest down (its stride is 1, 1, 1).
 
+    `blocks` counts the convolutions of each resolution in the encoder, or its residual blocks with `residual`;
+    `decoder_blocks` the convolutions of each in the decoder, from the coarsest up. By default there are two of each.
     `heads` counts the lower resolutions that give an output of their own in training (deep supervision).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["unet"] = "unet"
-    features: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=3)
+    residual: bool = False
+    features: tuple[Count, ...] = Field(min_length=2)
     kernels: tuple[Triple, ...]
     strides: tuple[Triple, ...]
+    blocks: tuple[Count, ...] = ()
+    decoder_blocks: tuple[Count, ...] = ()
     heads: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_blocks(cls, fields: Any) -> Any:
+        levels = len(fields["features"]) if isinstance(fields, dict) and "features" in fields else 0
+        return {"blocks": (2,) * levels, "decoder_blocks": (2,) * (levels - 1), **fields} if levels else fields
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Network:
         levels = len(self.features)
-        if len(self.kernels) != levels or len(self.strides) != levels or self.heads > levels - 2:
+        counts = {len(self.kernels), len(self.strides), len(self.blocks), len(self.decoder_blocks) + 1}
+        if counts != {levels} or self.strides[0] != (1, 1, 1) or self.heads > levels - 2:
             raise ValueError(
-                "features, kernels and strides need one entry per resolution, and heads at most levels - 2"
+                "features, kernels, strides and blocks need one entry per resolution (decoder_blocks one less), the "
+                "first stride is 1, 1, 1, and heads are at most levels - 2"
             )
         return self
 

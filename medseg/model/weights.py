@@ -49,9 +49,8 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights, each tensor once: DynUNet lists its blocks a second time below `skip_layers`."""
-    state = network.state_dict().items()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state if not name.startswith("skip_layers.")}
+    """Return the weights of a network, on the CPU."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | None = None) -> None:
@@ -66,4 +65,4 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | Non
             path=path,
             reason="weights",
         )
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict(state)
