@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg.model.prune import MIXED, Cells, ranked
+from medseg.model.prune import MIXED, Cells, ranked, unraveled
 from medseg.process.resample import AxisPositions
 
 ON_VOXEL_TOLERANCE = 1e-6
@@ -92,7 +92,7 @@ class _Parallel:
 
     def locate(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
         """Return, for flat indices of target voxels, their cells and fractions as `Cells.decide` takes them."""
-        index = torch.unravel_index(voxels, self.shape)
+        index = unraveled(voxels, self.shape)
         low = [table[i] for table, i in zip(self.low, index, strict=True)]
         return _flat(low, self.size), torch.stack([table[i] for table, i in zip(self.fraction, index, strict=True)])
 

@@ -13,6 +13,7 @@ every corner wins nowhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -153,7 +154,7 @@ class Cells:
     def _corners(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the corners (corners, n) of cells lie in the memory of a class, and the winners there."""
         strides = self.scores.stride()[1:]
-        index = torch.unravel_index(cells, self.winner.shape)
+        index = unraveled(cells, self.winner.shape)
         address = sum(i * stride for i, stride in zip(index, strides, strict=True)) + self._steps(strides)
         return address, self.winner.take(self._places(cells)).long()
 
@@ -195,6 +196,13 @@ def ranked(scores: Tensor, *, regions: bool) -> tuple[Tensor, Tensor]:
                 torch.maximum(best, score, out=best)
         out.copy_(winner)
     return winners, seconds
+
+
+def unraveled(index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return flat indices as indices of three axes. torch.unravel_index imports sympy, which takes a second."""
+    plane = shape[1] * shape[2]
+    within = index % plane
+    return index // plane, within // shape[2], within % shape[2]
 
 
 def numbered(values: Tensor) -> tuple[Tensor, Tensor]:
