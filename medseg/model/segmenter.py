@@ -175,7 +175,11 @@ class Model:
         runtime = self.runtime
         axes = self.plan.mirror_axes if mirror else ()
         batch = 1 if self.device.type == "cpu" else GPU_BATCH
-        return Predictor(lambda tiles: runtime(tiles.to(self.device)), mirror_axes=axes, reuse=reuse, batch=batch)
+        return Predictor(lambda tiles: runtime(self._sent(tiles)), mirror_axes=axes, reuse=reuse, batch=batch)
+
+    def _sent(self, tiles: Tensor) -> Tensor:
+        """Return tiles on the device; from pinned memory the copy to a GPU overlaps with what it computes."""
+        return (tiles.pin_memory() if self.device.type == "cuda" else tiles).to(self.device, non_blocking=True)
 
 
 def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
