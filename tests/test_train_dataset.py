@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from datasets import make_balls
 
 from medseg.errors import DatasetError
 from medseg.train.dataset import Dataset, read_dataset
+from medseg.train.fingerprint import fingerprint
 
 
 def write(folder, **fields):
@@ -59,6 +61,55 @@ def test_real_datasets_are_read_as_they_are(realdata):
     training, validation = hippocampus.fold(0)
     assert (len(training), len(validation)) == (160, 40)
     assert len(read_dataset(realdata / "head_neck_ct").labels) == 7
+
+
+def test_cases_json_says_what_was_drawn_and_what_belongs_together(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=4)
+    rows = [{"case": "case_0", "structures": []}, {"case": "case_1", "group": "p"}, {"case": "case_3", "group": "p"}]
+    (root / "cases.json").write_text(json.dumps(rows))
+    dataset = read_dataset(root)
+    assert [case.undrawn for case in dataset] == [{1}, set(), set(), set()]
+    assert [case.group for case in dataset] == ["", "p", "", "p"]
+    sides = [dataset.fold(fold, 3)[1] for fold in range(3)]
+    assert sorted(case.name for side in sides for case in side) == [case.name for case in dataset]
+    assert sum({"case_1", "case_3"} <= {case.name for case in side} for side in sides) == 1
+    with pytest.raises(DatasetError, match="4 of them|groups of them"):
+        dataset.fold(0, 4)
+    with pytest.raises(DatasetError, match="case_0: label values .1. are there, but cases.json says"):
+        fingerprint(dataset)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "must be a list"),
+        ("[1]", "must be a list"),
+        ('[{"structures": []}]', "must be a list"),
+        ('[{"case": "nobody"}]', "nobody"),
+        ('[{"case": "case_0", "structures": ["liver"]}]', "liver"),
+    ],
+)
+def test_a_cases_json_that_makes_no_sense_is_refused(tmp_path, content, message):
+    root = make_balls(tmp_path / "balls", cases=2)
+    (root / "cases.json").write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        read_dataset(root)
+
+
+def test_an_image_that_is_there_twice_is_a_problem(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    for folder in ("images", "labels"):
+        shutil.copy(root / folder / "case_0.nii.gz", root / folder / "case_2.nii.gz")
+    with pytest.raises(DatasetError, match="case_2: the image is the same as that of case_0"):
+        fingerprint(read_dataset(root))
+
+
+@pytest.mark.realdata
+def test_organs_that_were_not_drawn_are_known_from_real_data(realdata):
+    dataset = read_dataset(realdata / "head_neck_ct")
+    case = next(case for case in dataset if case.name == "pt_197")
+    assert [label.name for label in dataset.labels if label.value in case.undrawn] == ["Esophagus", "Larynx"]
+    assert not next(case for case in dataset if case.name == "pt_338").undrawn
 
 
 def test_folds_are_scikit_learns_shuffled_ones(tmp_path):

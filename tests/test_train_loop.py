@@ -218,7 +218,7 @@ def test_patches_that_ask_for_foreground_have_it_and_keep_image_and_target_toget
         prepare_cases(balls.cases, plan, tmp_path), plan.model_copy(update={"mirror_axes": (0, 1, 2)}), 3, 1.0
     )
     for step in range(20):
-        image, target = sampler.patch(step, 0)
+        image, target, _ = sampler.patch(step, 0)
         assert image.shape == (1, *plan.patch)
         assert target.shape == (1, *plan.patch)
         inside = target[0] == 1
@@ -231,7 +231,7 @@ def test_a_patch_that_is_not_turned_is_the_image_itself(balls, plan, tmp_path, m
     monkeypatch.setattr(Sampler, "_warp", lambda *_: np.eye(3))
     case = prepare_cases(balls.cases[:1], plan, tmp_path)[0]
     small = plan.model_copy(update={"patch": (8, 8, 8)})
-    image, target = Sampler([case], small, 3, 0.0).patch(0, 0)
+    image, target, _ = Sampler([case], small, 3, 0.0).patch(0, 0)
     found = [
         start
         for start in np.ndindex(*(size - 7 for size in case.target.shape))

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.losses.dice import DiceCELoss
 
-from medseg.train.loss import deep_dice_ce
+from medseg.train.loss import deep_dice_ce, dice_ce
 
-TARGET = torch.zeros(1, 1, 4, 4, 4)
+KNOWN = torch.ones(1, 2, dtype=torch.bool)
+
+TARGET = torch.zeros(1, 1, 4, 4, 4, dtype=torch.long)
 TARGET[..., :2] = 1
 
 
@@ -16,11 +19,56 @@ def certain(label: float, size: int = 4) -> torch.Tensor:
 
 
 def test_a_sure_and_right_answer_costs_nothing_and_a_wrong_one_dice_plus_cross_entropy():
-    assert float(deep_dice_ce([certain(1)], TARGET)) == pytest.approx(0, abs=1e-5)
-    assert float(deep_dice_ce([certain(-1)], TARGET)) == pytest.approx(1 + 100, rel=1e-4)
+    assert float(deep_dice_ce([certain(1)], TARGET, KNOWN)) == pytest.approx(0, abs=1e-5)
+    assert float(deep_dice_ce([certain(-1)], TARGET, KNOWN)) == pytest.approx(1 + 100, rel=1e-4)
 
 
 def test_an_output_counts_half_as_much_as_the_finer_one():
-    wrong = float(deep_dice_ce([certain(-1)], TARGET))
-    assert float(deep_dice_ce([certain(1), certain(-1, size=2)], TARGET)) == pytest.approx(wrong / 3, rel=1e-4)
-    assert float(deep_dice_ce([certain(-1), certain(1, size=2)], TARGET)) == pytest.approx(wrong * 2 / 3, rel=1e-4)
+    wrong = float(deep_dice_ce([certain(-1)], TARGET, KNOWN))
+    assert float(deep_dice_ce([certain(1), certain(-1, size=2)], TARGET, KNOWN)) == pytest.approx(wrong / 3, rel=1e-4)
+    assert float(deep_dice_ce([certain(-1), certain(1, size=2)], TARGET, KNOWN)) == pytest.approx(
+        wrong * 2 / 3, rel=1e-4
+    )
+
+
+def random_case(classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(2, classes, 5, 6, 4, generator=random)
+    return logits, torch.randint(0, classes, (2, 1, 5, 6, 4), generator=random)
+
+
+def test_where_all_classes_were_drawn_it_is_monais():
+    logits, target = random_case()
+    monai = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False, smooth_nr=1e-5, smooth_dr=1e-5)
+    torch.testing.assert_close(dice_ce(logits, target, torch.ones(2, 4, dtype=torch.bool)), monai(logits, target))
+
+
+def test_an_undrawn_class_may_be_anywhere_in_the_background():
+    logits, target = random_case()
+    target[0][target[0] == 2] = 0
+    known = torch.tensor([[True, True, False, True], [True] * 4])
+    shares = logits.softmax(dim=1)
+    shares[0, 0] += shares[0, 2]
+    shares[0, 2] = 0
+    entropy = -shares.gather(1, target).log().mean()
+    truth = torch.stack([(target[:, 0] == number).float() for number in range(4)], dim=1)
+    dice = 2 * (shares * truth).sum(dim=(2, 3, 4)) / (shares + truth).sum(dim=(2, 3, 4))
+    counted = dice[:, 1:][known[:, 1:]]
+    torch.testing.assert_close(dice_ce(logits, target, known), entropy + (1 - counted).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_undrawn_class_is_pushed_away_from_other_organs_alone():
+    logits, target = torch.zeros(1, 3, 2, 1, 1, requires_grad=True), torch.tensor([0, 1]).view(1, 1, 2, 1, 1)
+    dice_ce(logits, target, torch.tensor([[True, True, False]])).backward()
+    background, organ = logits.grad[0, 2].ravel().tolist()
+    assert organ > 0
+    assert background == pytest.approx(float(logits.grad[0, 0, 0]))
+    assert background < 0  # as welcome there as background itself
+
+
+def test_an_image_in_which_nothing_was_drawn_teaches_nothing_of_it():
+    logits, target = random_case()
+    loss = dice_ce(logits.requires_grad_(), target * 0, torch.tensor([[True, False, False, False]] * 2))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
+    assert torch.isfinite(logits.grad).all()

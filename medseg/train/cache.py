@@ -29,13 +29,14 @@ Progress = Callable[[int, int], None]
 class Prepared:
     """A case on its network grid: image (C, I, J, K) float32, channel numbers (I, J, K), voxels to center patches on.
 
-    `places` maps each class that occurs to voxel indices (N, 3) of it.
+    `places` maps each class that occurs to voxel indices (N, 3) of it. `known` (outputs,) says which were drawn.
     """
 
     name: str
     image: NDArray[np.float32]
     target: NDArray[np.uint16]
     places: dict[int, NDArray[np.int32]]
+    known: NDArray[np.bool_]
 
 
 def prepare_cases(
@@ -64,7 +65,9 @@ def _prepared(case: Case, plan: Plan, folder: Path) -> Prepared:
             with written_whole(files[part]) as beside, beside.open("wb") as stream:
                 np.save(stream, array, allow_pickle=False)
     image, target, places = (np.load(files[part], mmap_mode="r") for part in ("image", "target", "places"))
-    return Prepared(case.name, image, target, {int(c): places[places[:, 0] == c, 1:] for c in np.unique(places[:, 0])})
+    by_class = {int(number): places[places[:, 0] == number, 1:] for number in np.unique(places[:, 0])}
+    known = np.array([True, *(label.value not in case.undrawn for label in plan.labels)])
+    return Prepared(case.name, image, target, by_class, known)
 
 
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:

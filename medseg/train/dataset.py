@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,17 @@ FOLD_SEED = 12345
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled image: a name, one file per channel, and the file of its labels."""
+    """One labelled image: a name, one file per channel, and the file of its labels.
+
+    `undrawn` are the values of structures that nobody drew here: they may be there, but the labels do not say where.
+    Cases of one `group` (a patient) stay together: no fold trains on one of them and is validated on another.
+    """
 
     name: str
     images: tuple[Path, ...]
     label: Path
+    undrawn: frozenset[int] = frozenset()
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,25 +50,29 @@ class Dataset:
         return iter(self.cases)
 
     def fold(self, fold: int, folds: int = 5) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-        """Return the (training, validation) cases of one of `folds` folds: shuffled k-fold on sorted names, seed 12345.
+        """Return the (training, validation) cases of one of `folds` folds: shuffled, on sorted groups, seed 12345.
 
-        Raises DatasetError where there are fewer cases than folds or no fold of that number.
+        A case without a group is a group of its own.
+        Raises DatasetError where there are fewer groups than folds or no fold of that number.
         """
-        if not 0 <= fold < folds <= len(self.cases):
+        groups = sorted({case.group or case.name for case in self.cases})
+        if not 0 <= fold < folds <= len(groups):
             raise DatasetError(
-                f"Fold {fold} of {folds} cannot be made from {len(self.cases)} cases: folds count from 0, and each "
-                "needs a case to validate on."
+                f"Fold {fold} of {folds} cannot be made from {len(groups)} cases or groups of them: folds count from "
+                "0, and each needs one to validate on."
             )
-        order = np.arange(len(self.cases))
+        order = np.arange(len(groups))
         np.random.RandomState(FOLD_SEED).shuffle(order)
-        chosen = set(np.array_split(order, folds)[fold].tolist())
-        training = tuple(case for place, case in enumerate(self.cases) if place not in chosen)
-        return training, tuple(case for place, case in enumerate(self.cases) if place in chosen)
+        chosen = {groups[place] for place in np.array_split(order, folds)[fold]}
+        training = tuple(case for case in self.cases if (case.group or case.name) not in chosen)
+        return training, tuple(case for case in self.cases if (case.group or case.name) in chosen)
 
 
 def read_dataset(folder: str | PathLike[str]) -> Dataset:
     """Return the labelled cases of a dataset folder, sorted by name.
 
+    A file cases.json, if there, lists what is special about cases: [{"case": NAME, "structures": ["liver"], "group":
+    "patient 7"}], where `structures` names those that were drawn and each field but the first may be left out.
     Raises DatasetError that lists every missing file or field, up to ten of them.
     """
     root = Path(folder)
@@ -83,7 +93,7 @@ def read_dataset(folder: str | PathLike[str]) -> Dataset:
         problems.append("there is no labelled image")
     if problems:
         raise DatasetError(f"The dataset has {len(problems)} problem(s): {'; '.join(problems[:10])}.", path=root)
-    cases.sort(key=lambda case: case.name)
+    cases = _with_facts(sorted(cases, key=lambda case: case.name), root / "cases.json", labels)
     return Dataset(str(content.get("name", root.resolve().name)), channels, labels, tuple(cases))
 
 
@@ -97,6 +107,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DatasetError("The file dataset.json must hold one object with channel_names and labels.", path=path)
     return content
+
+
+def _with_facts(cases: list[Case], path: Path, labels: Sequence[Label]) -> list[Case]:
+    """Return the cases with what cases.json says of them."""
+    if not path.is_file():
+        return cases
+    values = {label.name: label.value for label in labels}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        facts = {str(row["case"]): row for row in rows}
+        drawn = {name: [str(one) for one in row.get("structures", values)] for name, row in facts.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(
+            'The file cases.json must be a list of objects such as {"case": "a", "structures": ["liver"]}.', path=path
+        ) from error
+    names = {case.name for case in cases}
+    unknown = sorted((set(facts) - names) | {one for ones in drawn.values() for one in ones if one not in values})
+    if unknown:
+        raise DatasetError(
+            f"The file cases.json names cases or structures that the dataset does not have: {', '.join(unknown[:10])}.",
+            path=path,
+        )
+    return [
+        replace(
+            case,
+            undrawn=frozenset(set(values.values()) - {values[one] for one in drawn.get(case.name, values)}),
+            group=str(facts.get(case.name, {}).get("group", "")),
+        )
+        for case in cases
+    ]
 
 
 def _names(channels: object, root: Path) -> tuple[str, ...]:

@@ -15,13 +15,16 @@ Progress = Callable[[int, int], None]
 def evaluate(model: Model, cases: Iterable[Case], *, progress: Progress | None = None) -> Scores:
     """Return the scores of a model's label maps against the cases' own, each case segmented whole on its own grid.
 
+    Structures that were not drawn in a case are not scored there.
+
     Raises what reading or segmenting a case raises.
     """
     listed = list(cases)
     scored = []
     for done, case in enumerate(listed, start=1):
         image, reference = read_case(case)
-        scored.append(CaseScores(case.name, tuple(compare_labels(model.segment(image), reference, model.plan.labels))))
+        drawn = [label for label in model.plan.labels if label.value not in case.undrawn]
+        scored.append(CaseScores(case.name, tuple(compare_labels(model.segment(image), reference, drawn))))
         if progress:
             progress(done, len(listed))
     return Scores(tuple(scored))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -79,12 +80,13 @@ class Fingerprint(BaseModel):
 def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Fingerprint:
     """Return the fingerprint of a dataset; reads every image and label once.
 
-    Raises DatasetError that lists every case with files that cannot be read, grids that differ, unknown label values
-    or voxels that are NaN or infinite.
+    Raises DatasetError that lists every case with files that cannot be read, grids that differ, unknown label values,
+    voxels that are NaN or infinite, no label at all, or the image of another case.
     """
     facts: list[CaseFacts] = []
     samples: list[NDArray[np.float32]] = []
     problems: list[str] = []
+    images: dict[str, str] = {}
     with ThreadPoolExecutor() as pool:
         for done, (case, result) in enumerate(
             zip(dataset, pool.map(lambda c: _look(c, dataset), dataset), strict=True), 1
@@ -94,6 +96,9 @@ def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Finger
             else:
                 facts.append(result[0])
                 samples.append(result[1])
+                twin = images.setdefault(result[2], case.name)
+                if twin != case.name:
+                    problems.append(f"{case.name}: the image is the same as that of {twin}")
             if progress:
                 progress(done, len(dataset))
     if not problems and not any(part.size for part in samples):
@@ -123,7 +128,8 @@ def read_case(case: Case) -> tuple[Volume, Volume]:
     return image, labels
 
 
-def _look(case: Case, dataset: Dataset) -> tuple[CaseFacts, NDArray[np.float32]] | str:
+def _look(case: Case, dataset: Dataset) -> tuple[CaseFacts, NDArray[np.float32], str] | str:
+    """Return the facts of a case, samples of its intensities and a hash of its voxels, or what is wrong with it."""
     try:
         image, labels = read_case(case)
     except MedsegError as error:
@@ -132,6 +138,9 @@ def _look(case: Case, dataset: Dataset) -> tuple[CaseFacts, NDArray[np.float32]]
     unknown = sorted(set(values.tolist()) - {0, *(label.value for label in dataset.labels)})
     if unknown:
         return f"label values {unknown[:5]} are not in dataset.json"
+    undrawn = sorted(case.undrawn & set(values.tolist()))
+    if undrawn:
+        return f"label values {undrawn[:5]} are there, but cases.json says that they were not drawn"
     if len(image.array) != len(dataset.channels):
         return f"{len(image.array)} channel(s) where dataset.json names {len(dataset.channels)}"
     if not np.isfinite(image.array.sum(dtype=np.float64)):
@@ -144,7 +153,8 @@ def _look(case: Case, dataset: Dataset) -> tuple[CaseFacts, NDArray[np.float32]]
         nonzero=float((image.array != 0).any(axis=0).mean()),
         label_voxels={int(value): int(count) for value, count in zip(values, counts, strict=True) if value != 0},
     )
-    return facts, _sample(image, labels)
+    voxels = hashlib.sha256(np.ascontiguousarray(image.array).data).hexdigest()
+    return facts, _sample(image, labels), voxels
 
 
 def _sample(image: Volume, labels: Volume) -> NDArray[np.float32]:

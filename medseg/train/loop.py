@@ -16,7 +16,6 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from medseg.errors import ModelError, OutputError
 from medseg.io.files import written_whole
@@ -34,7 +33,7 @@ from medseg.train.evaluate import evaluate
 from medseg.train.fingerprint import fingerprint
 from medseg.train.loss import deep_dice_ce
 from medseg.train.planner import make_plan
-from medseg.train.sampler import Sampler
+from medseg.train.sampler import Batch, Sampler
 from medseg.train.settings import Budget, TrainSettings
 
 HISTORY_STEPS = 50
@@ -169,13 +168,13 @@ def optimize(state: TrainState, sampler: Sampler, settings: TrainSettings, budge
     Raises ModelError where the loss is no longer a number.
     """
     clock = time.monotonic()
-    for images, target in _batches(sampler, settings.batch, state):
+    for batch in _batches(sampler, settings.batch, state):
         done = budget.spent(state.step, state.seconds)
         if done >= 1:
             return
         for group in state.optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(done, settings.warmup)
-        loss = _step(state, settings, images, target)
+        loss = _step(state, settings, batch)
         state.step += 1
         state.seconds += time.monotonic() - clock
         clock = time.monotonic()
@@ -225,11 +224,11 @@ def _train(
     save()
 
 
-def _step(state: TrainState, settings: TrainSettings, images: Tensor, target: Tensor) -> float:
+def _step(state: TrainState, settings: TrainSettings, batch: Batch) -> float:
     device = next(state.network.parameters()).device
     random = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
-    images = change_intensities(images.to(device, memory_format=memory_format(device)), random)
-    loss = deep_dice_ce(state.network(images), target.to(device))
+    images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), random)
+    loss = deep_dice_ce(state.network(images), batch.target.to(device), batch.known.to(device))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ModelError(
@@ -247,7 +246,7 @@ def _step(state: TrainState, settings: TrainSettings, images: Tensor, target: Te
     return value
 
 
-def _batches(sampler: Sampler, size: int, state: TrainState) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(sampler: Sampler, size: int, state: TrainState) -> Iterator[Batch]:
     """Yield the batches from the state's step on; for a GPU, each is drawn while the one before is trained on."""
     if next(state.network.parameters()).device.type == "cpu":
         while True:  # a second thread would only take cores from the network
@@ -278,7 +277,7 @@ def _recipe(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence
         plan.model_dump_json(),
         settings.model_dump_json(),
         budget.model_dump_json(),
-        *(case.name for case in cases),
+        *(f"{case.name} {sorted(case.undrawn)}" for case in cases),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,14 @@ SCALING_SHARE, SCALING_RANGE = 0.3, (0.7, 1.4)
 Generator = np.random.Generator
 
 
+class Batch(NamedTuple):
+    """Images (B, C, I, J, K), channel numbers (B, 1, I, J, K), and which classes (B, outputs) were drawn in each."""
+
+    images: torch.Tensor
+    target: torch.Tensor
+    known: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws patches of the plan's size from prepared cases."""
@@ -29,13 +38,14 @@ class Sampler:
     seed: int
     foreground: float
 
-    def batch(self, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the images (B, C, I, J, K) and targets (B, 1, I, J, K) of a step."""
-        pairs = [self.patch(step, sample) for sample in range(size)]
-        return torch.stack([image for image, _ in pairs]), torch.stack([target for _, target in pairs])
+    def batch(self, step: int, size: int) -> Batch:
+        """Return the patches of a step."""
+        parts = [self.patch(step, sample) for sample in range(size)]
+        images, targets, known = (torch.stack(part) for part in zip(*parts, strict=True))
+        return Batch(images, targets, known)
 
-    def patch(self, step: int, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return one image (C, I, J, K) and its target (1, I, J, K), turned, scaled and mirrored at random."""
+    def patch(self, step: int, sample: int) -> Batch:
+        """Return one patch, without the first axis of a batch, turned, scaled and mirrored at random."""
         random = np.random.default_rng([self.seed, step, sample])
         case = self.cases[int(random.integers(len(self.cases)))]
         center = self._center(case, random)
@@ -50,7 +60,7 @@ class Sampler:
         grid = _sampling_grid(matrix, center - start, patch, stop - start)
         image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
         target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
-        return image, target.long()
+        return Batch(image, target.long(), torch.from_numpy(case.known))
 
     def _center(self, case: Prepared, random: Generator) -> NDArray[np.float64]:
         size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
