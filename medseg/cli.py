@@ -197,6 +197,8 @@ def train(
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="A folder of label files, or a model folder.")],
     references: Annotated[Path, typer.Argument(help="A folder of label files of the same names, or a dataset folder.")],
+    tolerance_mm: Annotated[float, typer.Option(help="How far surfaces may lie apart for the surface Dice.")] = 2.0,
+    csv: Annotated[Path | None, typer.Option(help="Write one line for each case and label.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -210,12 +212,17 @@ def evaluate(
             scores = evaluate_model(
                 Model.load(predictions, device=device),
                 read_dataset(references),
+                tolerance_mm=tolerance_mm,
                 progress=lambda done, total: show("evaluate", done / total, f"{done} of {total}"),
             )
     else:
         from medseg.report.metrics import evaluate_folder
 
-        scores = evaluate_folder(predictions, references)
+        scores = evaluate_folder(predictions, references, tolerance_mm=tolerance_mm)
+    if csv is not None:
+        from medseg.report.metrics import write_scores_csv
+
+        write_scores_csv(scores, csv)
     _show_scores(scores, "Scores", as_json=as_json)
     for case in scores.failed:
         err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", markup=False, style="red")
@@ -326,8 +333,11 @@ def _show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
     if as_json:
         _print_json(content)
         return
-    keys = ("dice", "iou", "precision", "recall", "volume_difference_ml")
+    keys = ("dice", "precision", "recall", "surface_dice", "hd95_mm", "mean_surface_mm", "volume_difference_ml")
     rows = [{"label": row["name"], **{key: row[key] for key in keys}} for row in content["labels"]]
+    for row, label in zip(rows, content["labels"], strict=True):
+        if label["dice_low"] is not None:
+            row["dice"] = f"{label['dice']:.3f} ({label['dice_low']:.3f} to {label['dice_high']:.3f})"
     _print_table(
         f"{title}: {len(scores.cases)} cases", [*rows, {"label": "mean", **{key: content["mean"][key] for key in keys}}]
     )

@@ -17,7 +17,15 @@ from hypothesis.extra import numpy as arrays
 from medseg.errors import DatasetError, GeometryError, InputError, OutputError, UnreadableFile, UsageError
 from medseg.io import save
 from medseg.labels import make_labels
-from medseg.report.metrics import SCORES, CaseScores, Scores, compare_labels, evaluate_folder, write_scores_csv
+from medseg.report.metrics import (
+    SCORES,
+    CaseScores,
+    LabelScore,
+    Scores,
+    compare_labels,
+    evaluate_folder,
+    write_scores_csv,
+)
 from medseg.volume import Grid, Volume
 
 TABLE = make_labels([(1, "liver"), (2, "spleen")])
@@ -118,6 +126,20 @@ class TestScores:
         assert scores.label_means[2]["dice"] == pytest.approx(0.5)
         assert scores.mean["dice"] == pytest.approx(0.6875)
         assert scores.failed == ()
+
+    def test_the_interval_of_a_mean_is_a_bootstrap_over_patients(self) -> None:
+        def case(name: str, common: int, group: str = "") -> CaseScores:
+            return CaseScores(name, (LabelScore(1, "liver", common, 10 - common, 10 - common, 1.0),), group=group)
+
+        ten = Scores(tuple(case(str(n), n) for n in range(11)))
+        low, high = ten.interval(1)
+        # The standard error of the mean of 0, 0.1 ... 1 is sqrt(0.1 / 11): 0.0953.
+        assert (low, high) == pytest.approx((0.5 - 1.96 * 0.0953, 0.5 + 1.96 * 0.0953), abs=0.02)
+        # One case each of two patients, and one of them ten times: as few independent numbers as two.
+        two = Scores((case("a", 0), *(case(str(n), 10, "p") for n in range(10))))
+        assert two.interval(1) == (0, 1)
+        assert math.isnan(Scores(two.cases[1:]).interval(1)[0])
+        assert ten.to_dict()["labels"][0]["dice_low"] == low
 
     def test_means_of_nothing_are_nan_and_none_in_json(self) -> None:
         empty = labels_of("......", "......")

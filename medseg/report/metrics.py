@@ -2,6 +2,7 @@
 
 One decision about structures that are not there: where neither the prediction nor the reference has the label, its
 scores are NaN (None in JSON) and left out of every mean; where only one of them has it, its scores are 0.
+Distances between surfaces are NaN for such a structure: look at the surface Dice, which is 0.
 A case without a usable prediction has failed. It counts as one in which nothing was found, and is never left out.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -24,10 +26,18 @@ from medseg.io import VOLUME_ENDINGS, load
 from medseg.io.files import reading, written_whole
 from medseg.labels import Label, make_labels
 from medseg.report.measurements import label_map, measure
+from medseg.report.surfaces import compare_surfaces
 from medseg.volume import Volume
 
 COUNTS = ("true_positives", "false_positives", "false_negatives")
-SCORES = ("dice", "iou", "precision", "recall", "volume_reference_ml", "volume_predicted_ml", "volume_difference_ml")
+VOLUMES = ("volume_reference_ml", "volume_predicted_ml", "volume_difference_ml")
+SURFACES = ("surface_dice", "hd95_mm", "mean_surface_mm")
+SCORES = ("dice", "iou", "precision", "recall", *VOLUMES, *SURFACES)
+
+TOLERANCE_MM = 2.0
+"""How far surfaces may lie apart for the surface Dice unless it is said otherwise."""
+
+RESAMPLES, RESAMPLING_SEED = 2000, 12345
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,9 @@ class LabelScore:
     false_positives: int
     false_negatives: int
     voxel_mm3: float
+    surface_dice: float = math.nan
+    hd95_mm: float = math.nan
+    mean_surface_mm: float = math.nan
 
     @property
     def dice(self) -> float:
@@ -90,11 +103,15 @@ class LabelScore:
 
 @dataclass(frozen=True)
 class CaseScores:
-    """The scores of one case; `failure` is the reason code where there was no usable prediction."""
+    """The scores of one case; `failure` is the reason code where there was no usable prediction.
+
+    Cases of one `group` (a patient) are not independent; without one a case is a group of its own.
+    """
 
     name: str
     labels: tuple[LabelScore, ...]
     failure: str | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,20 +142,46 @@ class Scores:
         means = self.label_means.values()
         return {key: _mean(label[key] for label in means) for key in SCORES}
 
+    def interval(self, value: int, key: str = "dice") -> tuple[float, float]:
+        """Return where the mean of a score of a label lies with 95 % confidence: a bootstrap over groups of cases.
+
+        NaN where fewer than two groups have the score. Source: Efron and Tibshirani, "An introduction to the
+        bootstrap", 1993 (percentile interval).
+        """
+        by_group: dict[str, list[float]] = {}
+        for case in self.cases:
+            scores = [getattr(score, key) for score in case.labels if score.value == value]
+            by_group.setdefault(case.group or case.name, []).extend(one for one in scores if not math.isnan(one))
+        groups = [values for values in by_group.values() if values]
+        if len(groups) < 2:
+            return math.nan, math.nan
+        sums, counts = np.array([sum(values) for values in groups]), np.array([len(values) for values in groups])
+        drawn = np.random.default_rng(RESAMPLING_SEED).integers(len(groups), size=(RESAMPLES, len(groups)))
+        low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (2.5, 97.5))
+        return float(low), float(high)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the means, the failed cases and every case as JSON takes them."""
+        """Return the means with the interval of Dice, the failed cases and every case as JSON takes them."""
         names = {score.value: score.name for case in self.cases for score in case.labels}
         means = self.label_means
         return {
             "mean": _without_nan(self.mean),
-            "labels": [{"value": value, "name": names[value]} | _without_nan(means[value]) for value in means],
+            "labels": [
+                {"value": value, "name": names[value]}
+                | _without_nan(means[value] | dict(zip(("dice_low", "dice_high"), self.interval(value), strict=True)))
+                for value in means
+            ],
             "failed": [{"case": case.name, "reason": case.failure} for case in self.failed],
             "cases": [{"case": case.name, "labels": [score.to_dict() for score in case.labels]} for case in self.cases],
         }
 
 
-def compare_labels(predicted: Volume, reference: Volume, labels: Sequence[Label]) -> list[LabelScore]:
+def compare_labels(
+    predicted: Volume, reference: Volume, labels: Sequence[Label], *, tolerance_mm: float = TOLERANCE_MM
+) -> list[LabelScore]:
     """Return one score for each label, in the order of the table; other values in the volumes count as background.
+
+    `tolerance_mm` is how far surfaces may lie apart for the surface Dice.
 
     Raises GeometryError (`other_grid`) where the grids differ, InputError where a volume is no label map.
     """
@@ -148,18 +191,25 @@ def compare_labels(predicted: Volume, reference: Volume, labels: Sequence[Label]
             f"{reference.grid.shape}. Resample it onto the grid of the reference first.",
             reason="other_grid",
         )
-    joint = _joint_histogram(label_map(predicted), label_map(reference), [label.value for label in labels])
+    found, truth = label_map(predicted), label_map(reference)
+    joint = _joint_histogram(found, truth, [label.value for label in labels])
     in_prediction, in_reference = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist()
     scores = []
     for place, label in enumerate(labels, start=1):
         common = int(joint[place, place])
         wrong, missed = in_prediction[place] - common, in_reference[place] - common
-        scores.append(LabelScore(label.value, label.name, common, wrong, missed, reference.grid.voxel_mm3))
+        surface = compare_surfaces(found == label.value, truth == label.value, reference.grid, tolerance_mm)
+        apart = (surface.dice, surface.hd95_mm, surface.mean_mm)
+        scores.append(LabelScore(label.value, label.name, common, wrong, missed, reference.grid.voxel_mm3, *apart))
     return scores
 
 
 def evaluate_folder(
-    predictions: str | PathLike[str], references: str | PathLike[str], labels: Sequence[Label] | None = None
+    predictions: str | PathLike[str],
+    references: str | PathLike[str],
+    labels: Sequence[Label] | None = None,
+    *,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> Scores:
     """Return the scores of every reference NAME.nii.gz (.nii, .nrrd, .mha), set against the prediction of that NAME.
 
@@ -172,7 +222,8 @@ def evaluate_folder(
     if not wanted:
         raise DatasetError(f"The folder of references holds no {', '.join(VOLUME_ENDINGS)} file.", path=references)
     table = _labels_in(wanted.values()) if labels is None else labels
-    return Scores(tuple(_score_case(name, given.get(name), file, table) for name, file in wanted.items()))
+    compare = partial(compare_labels, labels=table, tolerance_mm=tolerance_mm)
+    return Scores(tuple(_score_case(name, given.get(name), file, compare) for name, file in wanted.items()))
 
 
 def write_scores_csv(scores: Scores, path: str | PathLike[str]) -> None:
@@ -208,15 +259,17 @@ def _places(voxels: NDArray[np.integer[Any]], known: NDArray[np.int64]) -> NDArr
     return np.where(known[order[nearest]] == voxels, order[nearest], 0)
 
 
-def _score_case(name: str, prediction: Path | None, reference: Path, labels: Sequence[Label]) -> CaseScores:
+def _score_case(
+    name: str, prediction: Path | None, reference: Path, compare: Callable[[Volume, Volume], list[LabelScore]]
+) -> CaseScores:
     truth = _load_labels(reference)
     nothing = truth.with_array(np.zeros_like(truth.array))
     if prediction is None:
-        return CaseScores(name, tuple(compare_labels(nothing, truth, labels)), failure="missing")
+        return CaseScores(name, tuple(compare(nothing, truth)), failure="missing")
     try:
-        return CaseScores(name, tuple(compare_labels(load(prediction), truth, labels)))
+        return CaseScores(name, tuple(compare(load(prediction), truth)))
     except MedsegError as error:
-        return CaseScores(name, tuple(compare_labels(nothing, truth, labels)), failure=error.reason)
+        return CaseScores(name, tuple(compare(nothing, truth)), failure=error.reason)
 
 
 def _load_labels(path: Path) -> Volume:
