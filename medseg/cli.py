@@ -168,12 +168,15 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
 
 
 @app.command()
-def train(
+def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
     model: Annotated[Path, typer.Argument(help="The model folder to make, or to go on with.")],
     budget: Annotated[str, typer.Option(help="Training time or steps: 30m, 8h, 20epochs, 500steps.")] = "30m",
     fold: Annotated[int, typer.Option(help="Which part of the cases is kept aside for validation, from 0.")] = 0,
     folds: Annotated[int, typer.Option(help="How many parts there are.", min=2)] = 5,
+    start: Annotated[
+        str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -189,7 +192,9 @@ def train(
                 detail = f"step {now.step}  loss {now.loss:.3f}  {now.steps_per_s:.2f} steps/s  {left} left"
             show(now.stage, now.done, detail)
 
-        scores = train_dataset(dataset, model, budget=budget, fold=fold, folds=folds, device=device, progress=report)
+        scores = train_dataset(
+            dataset, model, budget=budget, fold=fold, folds=folds, start=start, device=device, progress=report
+        )
     _show_scores(scores, f"Fold {fold}, validation cases", as_json=as_json)
 
 

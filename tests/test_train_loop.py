@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import signal
@@ -15,6 +16,7 @@ from datasets import make_balls
 
 from medseg.errors import ModelError, OutputError, UsageError
 from medseg.io import load
+from medseg.labels import make_labels
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
@@ -23,7 +25,7 @@ from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loop import TrainProgress, new_state, optimize, schedule, train_dataset, train_model
+from medseg.train.loop import TrainProgress, new_state, optimize, plan_from, schedule, train_dataset, train_model
 from medseg.train.planner import make_plan
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -93,6 +95,24 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(balls, plan, 
     train_model(balls, plan, tmp_path / "straight", **options)
     assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
     assert not (tmp_path / "stopped/fold_0.checkpoint").exists()
+
+
+def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, plan, tmp_path):
+    train_model(balls, plan, tmp_path / "first", budget="2steps", settings=FAST)
+    twice = dataclasses.replace(balls, labels=make_labels([(1, "ball"), (2, "cube")]))
+    further = plan_from(tmp_path / "first", twice)
+    assert (further.labels, further.spacing_mm) == (twice.labels, plan.spacing_mm)
+    state = new_state(further, FAST, torch.device("cpu"), tmp_path / "first")
+    first, begun = weights(tmp_path / "first"), state_of(state.network)
+    assert_same(*({name: t for name, t in of.items() if not name.startswith("outputs.")} for of in (first, begun)))
+    assert len(begun["outputs.0.bias"]) == 3
+    same = new_state(plan, FAST, torch.device("cpu"), tmp_path / "first")
+    assert_same(first, state_of(same.network))
+    with pytest.raises(ModelError, match="takes 1 channel"):
+        plan_from(tmp_path / "first", dataclasses.replace(balls, channels=("T1", "T2")))
+    (tmp_path / "first/fold_0.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        new_state(plan, FAST, torch.device("cpu"), tmp_path / "first")
 
 
 def test_a_finished_fold_is_not_trained_again(balls, plan, tmp_path):

@@ -48,6 +48,22 @@ def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
         beside.write_bytes(serialize(state_of(network)))
 
 
+def begin_with(network: nn.Module, start: str | PathLike[str]) -> None:
+    """Put the weights of a model's first fold into a network; outputs of another number of labels stay as they are.
+
+    Raises ModelError where the model has no weights, or anything but the outputs differs.
+    """
+    where = find_model(start)
+    files = sorted(where.glob("fold_*.safetensors"))
+    if not files:
+        raise ModelError("The model to begin with has no weights.", path=where)
+    given, own = state_of(load_network(Plan.load(where / "plan.json"), files[0])), state_of(network)
+    for name in given.keys() & own.keys():
+        if name.startswith("outputs.") and given[name].shape != own[name].shape:
+            given[name] = own[name]
+    load_state(network, given, path=where)
+
+
 def state_of(network: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a network, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}

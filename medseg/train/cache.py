@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from medseg.io.files import written_whole
 from medseg.model.plan import Plan
-from medseg.model.preprocess import prepare
+from medseg.model.preprocess import nonzero_box, prepare
 from medseg.process.resample import resample_labels
 from medseg.train.dataset import Case
 from medseg.train.fingerprint import read_case
@@ -72,6 +72,9 @@ def _prepared(case: Case, plan: Plan, folder: Path) -> Prepared:
 
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:
     image, labels = read_case(case)
+    if plan.crop_nonzero:
+        box = nonzero_box(image)
+        image, labels = image.cropped(*box), labels.cropped(*box)
     prepared = prepare(image, plan)
     values = resample_labels(labels, prepared.grid).array[0]
     target = np.zeros(values.shape, np.uint16)
@@ -85,6 +88,6 @@ def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:
 
 
 def _key(case: Case, plan: Plan) -> str:
-    steps = plan.model_dump(mode="json", include={"channels", "labels", "orientation", "spacing_mm", "order"})
+    steps = plan.model_dump(mode="json", exclude={"name", "patch", "network", "mirror_axes"})
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (*case.images, case.label)]
     return hashlib.sha256(json.dumps([steps, files], sort_keys=True).encode()).hexdigest()[:24]

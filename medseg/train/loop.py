@@ -22,7 +22,7 @@ from medseg.io.files import written_whole
 from medseg.model.networks import build_network, memory_format, placed
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.weights import save_weights
+from medseg.model.weights import begin_with, find_model, save_weights
 from medseg.report.metrics import Scores
 from medseg.train.augment import change_intensities
 from medseg.train.cache import prepare_cases
@@ -59,20 +59,22 @@ class TrainProgress:
 Progress = Callable[[TrainProgress], None]
 
 
-def train_dataset(
+def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     dataset: str | PathLike[str],
     folder: str | PathLike[str],
     *,
     budget: str = "30m",
     fold: int = 0,
     folds: int = 5,
+    start: str | PathLike[str] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Return the validation scores of fold `fold` of `folds` of a dataset folder, planned and trained into `folder`.
 
     A plan.json that is in the folder is followed, and a train.json too but for the number of folds: edit them to
-    decide otherwise.
+    decide otherwise. With `start`, a model, its plan is followed with the labels of the dataset, and its weights are
+    where the training begins.
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
@@ -82,12 +84,12 @@ def train_dataset(
         facts = fingerprint(cases, progress=_in_stage("look", progress))
         _make_folder(where)
         facts.save(where / "fingerprint.json")
-        make_plan(facts).save(plan_file)
+        (make_plan(facts) if start is None else plan_from(start, cases)).save(plan_file)
     settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
     settings = settings.model_copy(update={"folds": folds})
     plan = Plan.load(plan_file)
     model = train_model(
-        cases, plan, where, budget=budget, fold=fold, settings=settings, device=device, progress=progress
+        cases, plan, where, budget=budget, fold=fold, settings=settings, start=start, device=device, progress=progress
     )
     return validate_fold(model, cases, where, fold=fold, progress=progress)
 
@@ -100,6 +102,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     budget: str = "30m",
     fold: int = 0,
     settings: TrainSettings | None = None,
+    start: str | PathLike[str] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -107,7 +110,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
 
     `budget` is a time ("30m", "8h": of training itself, not of preparing or being switched off) or a number of steps
     ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors and fold_N.history.csv;
-    a fold whose weights are there is not trained again.
+    a fold whose weights are there is not trained again. The first weights are random, or those of the model `start`.
     Raises ModelError where the folder holds another plan or the training diverges, and what reading a case raises.
     """
     settings = settings or TrainSettings()
@@ -117,7 +120,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     _claim_folder(where, plan, settings)
     weights, checkpoint = where / f"fold_{fold}.safetensors", where / f"fold_{fold}.checkpoint"
     if not weights.is_file():
-        state = new_state(plan, settings, pick_device(device))
+        state = new_state(plan, settings, pick_device(device), start)
         recipe = _recipe(plan, settings, limit, training)
         if checkpoint.is_file():
             state.load(checkpoint, recipe)
@@ -150,10 +153,33 @@ def validate_fold(
     return scores
 
 
-def new_state(plan: Plan, settings: TrainSettings, device: torch.device) -> TrainState:
-    """Return an untrained network, made from the seed, with its running average and optimizer."""
+def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
+    """Return the plan of a model with the labels of a dataset, to train it further.
+
+    Raises ModelError where the dataset has other channels than the model.
+    """
+    plan = Plan.load(find_model(start) / "plan.json")
+    if len(plan.channels) != len(dataset.channels):
+        raise ModelError(
+            f"The model to begin with takes {len(plan.channels)} channel(s) and the dataset has "
+            f"{len(dataset.channels)}. Give a model of the same channels, or train from the beginning.",
+            path=start,
+            reason="channels",
+        )
+    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels})
+
+
+def new_state(
+    plan: Plan, settings: TrainSettings, device: torch.device, start: str | PathLike[str] | None = None
+) -> TrainState:
+    """Return a network with its running average and optimizer: random from the seed, or with the weights of a model.
+
+    Raises ModelError where that model's network is another one.
+    """
     torch.manual_seed(settings.seed)
     network = build_network(plan.network, len(plan.channels), plan.outputs)
+    if start is not None:
+        begin_with(network, start)
     network = placed(network, device).train()
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
