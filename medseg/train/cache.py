@@ -82,6 +82,6 @@ def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:
 
 
 def _key(case: Case, plan: Plan) -> str:
-    steps = plan.model_dump(mode="json", include={"channels", "labels", "orientation", "spacing_mm", "order"})
+    steps = plan.model_dump(mode="json", exclude={"name", "patch", "mirror_axes", "network"})
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (*case.images, case.label)]
     return hashlib.sha256(json.dumps([steps, files], sort_keys=True).encode()).hexdigest()[:24]
