@@ -105,8 +105,8 @@ class Grid:
         wanted = np.asarray(spacing_mm, dtype=np.float64)
         if wanted.shape != (3,) or not np.isfinite(wanted).all() or wanted.min() <= 0:
             raise GeometryError(f"A spacing is three positive lengths in mm; here it is {wanted.tolist()}.")
-        extent = np.asarray(self.shape) * np.asarray(self.spacing_mm)
-        shape = np.maximum(1, np.round(extent / wanted)).astype(int)
+        # In this order nnU-Net rounds alike where an extent lies halfway.
+        shape = np.maximum(1, np.round(np.asarray(self.spacing_mm) / wanted * np.asarray(self.shape))).astype(int)
         scale = np.asarray(self.shape) / shape
         affine = self.affine.copy()
         affine[:3, :3] *= scale

@@ -133,7 +133,7 @@ def test_constant_regions_stay_constant_and_nothing_else_changes(seed, kind, ord
     image = Volume(array, grid)
     result = resample(image, target, order=order).array
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medseg.process.resample._settle_constants", lambda *_: None)
+        patch.setattr("medseg.process.resample.settle_constants", lambda *_: None)
         unsettled = resample(image, target, order=order).array
     np.testing.assert_allclose(result, unsettled, atol=1024 * 2e-6)
     assert (result[1] == -1024).all()

@@ -73,13 +73,47 @@ class Network(BaseModel):
         return product[0], product[1], product[2]
 
 
+class Resampling(BaseModel):
+    """How an image comes to the plan's spacing, by splines of `order`, and scores, linearly, back to the image's grid.
+
+    `method` is "smooth", where what shrinks is smoothed first, or "resize", nnU-Net's way (`process.resize`), where an
+    axis with voxels more than `separate` times as long as the shortest is resampled by itself, to the nearest voxel;
+    `separate_scores` is that for scores.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["smooth", "resize"] = "smooth"
+    order: Literal[0, 1, 3] = 3
+    separate: Length | None = None
+    separate_scores: Length | None = None
+
+    @model_validator(mode="after")
+    def _separate_in_resize(self) -> Resampling:
+        if self.method == "smooth" and self.separate:
+            raise ValueError("an axis is resampled by itself only with the method resize")
+        return self
+
+
+class Region(BaseModel):
+    """One output of a network whose outputs overlap: a union of labels, and the value that it is painted with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    members: tuple[Count, ...] = Field(min_length=1)
+    value: Count
+
+
 class Plan(BaseModel):
     """What a model decides about an image before its network sees it, and what its outputs mean.
 
     With `crop_nonzero` only the smallest box around the voxels that are not 0 is looked at, the rest is background.
-    An image is reoriented to `orientation`, resampled to `spacing_mm` with splines of `order`, normalized per channel
-    and cut into tiles of `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped
-    along them in use. The network's output 0 is background, output n the n-th label of the table.
+    An image is reoriented to `orientation` (or left "as_stored"), brought to `spacing_mm` as `resampling` says (without
+    it voxels stay as they are), normalized per channel (before that, with `normalize_first`) and cut into tiles of
+    `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
+    The network's output 0 is background, output n the n-th label of the table; with `regions` each output is one of
+    them, there where its score is above 0, and later ones are painted over earlier ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,10 +122,12 @@ class Plan(BaseModel):
     name: str
     channels: tuple[Channel, ...] = Field(min_length=1)
     labels: tuple[Label, ...] = Field(min_length=1)
-    orientation: str = Field(default="RAS", pattern="^[RLAPSI]{3}$")
+    regions: tuple[Region, ...] = ()
+    orientation: str = Field(default="RAS", pattern="^([RLAPSI]{3}|as_stored)$")
     spacing_mm: tuple[Length, Length, Length]
     patch: Triple
-    order: Literal[1, 3] = 3
+    resampling: Resampling | None = Resampling()
+    normalize_first: bool = False
     crop_nonzero: bool = False
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     network: Network
@@ -105,12 +141,19 @@ class Plan(BaseModel):
         values = [label.value for label in self.labels]
         if values != sorted(set(values)):
             raise ValueError("labels must be listed by ascending value, each value once")
+        if self.regions and {region.value for region in self.regions} != set(values):
+            raise ValueError("the values that regions are painted with must be those of the labels")
         return self
 
     @property
     def outputs(self) -> int:
-        """Channels that the network puts out: background and one for each label."""
-        return len(self.labels) + 1
+        """Channels that the network puts out: background and one for each label, or one for each region."""
+        return len(self.regions) or len(self.labels) + 1
+
+    @property
+    def painted(self) -> tuple[int, ...]:
+        """The label value of no output and of each output in turn; without regions background is an output."""
+        return (0, *(region.value for region in self.regions or self.labels))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""

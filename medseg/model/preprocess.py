@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from medseg.errors import InputError
 from medseg.model.plan import Plan
 from medseg.process.normalize import ZScore, normalize
 from medseg.process.resample import finite_float32, resample
+from medseg.process.resize import resize, separate_axis
 from medseg.volume import Grid, Volume
 
 
 def network_grid(grid: Grid, plan: Plan) -> Grid:
     """Return the grid on which a plan's network sees an image on `grid`: same field of view, axes perpendicular."""
-    return grid.orthogonalized().reoriented(plan.orientation).with_spacing(plan.spacing_mm)
+    oriented = _oriented(grid, plan)
+    return oriented.with_spacing(plan.spacing_mm) if plan.resampling else oriented
+
+
+def separate_scores(grid: Grid, plan: Plan) -> int | None:
+    """Return the axis of the network grid along which scores go to the nearest voxel of an image on `grid`, if any."""
+    above = plan.resampling.separate_scores if plan.resampling else None
+    return separate_axis(plan.spacing_mm, _oriented(grid, plan).spacing_mm, above)
 
 
 def prepare(volume: Volume, plan: Plan) -> Volume:
-    """Return the image on its network grid, float32, normalized: reorient and resample first, then normalize.
+    """Return the image on its network grid, float32, normalized: in which order, and how, the plan says.
 
     Raises InputError where it has another number of channels than the plan, or voxels that are NaN or infinite.
     """
@@ -29,14 +38,18 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
             reason="channels",
         )
     grid = network_grid(volume.grid, plan)
-    # A box around a sheared grid has corners that no scan reached: they are dark, as air is.
-    fill = None if volume.grid.is_orthogonal else float(volume.array.min())
-    resampled = resample(volume, grid, order=plan.order, fill=fill)
     schemes = [channel.normalization for channel in plan.channels]
     mask = None
     if any(isinstance(scheme, ZScore) and scheme.nonzero for scheme in schemes):
-        nonzero = volume.with_array((volume.array != 0).any(axis=0, keepdims=True).astype(np.float32))
-        mask = resample(nonzero, grid, order=1, fill=0).array[0] >= 0.5
+        mask = (volume.array != 0).any(axis=0)
+    if plan.normalize_first:
+        holes = None if mask is None else ndimage.binary_fill_holes(mask)
+        normalized = normalize(finite_float32(volume.array), schemes, holes)
+        return _resampled(volume.with_array(normalized), grid, plan)
+    if mask is not None:
+        share = resample(volume.with_array(mask[None].astype(np.float32)), grid, order=1, fill=0)
+        mask = share.array[0] >= 0.5
+    resampled = _resampled(volume, grid, plan)
     return resampled.with_array(normalize(finite_float32(resampled.array), schemes, mask))
 
 
@@ -50,3 +63,17 @@ def nonzero_box(volume: Volume) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not lines[0].size:
         return (0, 0, 0), volume.grid.shape
     return tuple(int(line[0]) for line in lines), tuple(int(line[-1]) + 1 for line in lines)
+
+
+def _oriented(grid: Grid, plan: Plan) -> Grid:
+    straight = grid.orthogonalized()
+    return straight if plan.orientation == "as_stored" else straight.reoriented(plan.orientation)
+
+
+def _resampled(volume: Volume, grid: Grid, plan: Plan) -> Volume:
+    how = plan.resampling
+    if volume.grid.is_orthogonal and how and how.method == "resize":
+        return resize(volume, grid, order=how.order, separate=how.separate)
+    # A box around a sheared grid has corners that no scan reached: they are dark, as air is.
+    fill = None if volume.grid.is_orthogonal else float(volume.array.min())
+    return resample(volume, grid, order=how.order if how else 1, fill=fill)

@@ -15,7 +15,7 @@ from medseg.errors import ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import nonzero_box, prepare
+from medseg.model.preprocess import nonzero_box, prepare, separate_scores
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stream import pieces
@@ -119,12 +119,13 @@ class Model:
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
-        values = np.array([0, *(label.value for label in self.plan.labels)])
+        values, regions = np.array(self.plan.painted), bool(self.plan.regions)
         labels = np.zeros(volume.grid.shape, np.min_scalar_type(int(values.max())))
         if soft is not None:
-            soft.begin(volume.grid, self.plan.outputs, box, regions=False)
+            soft.begin(volume.grid, self.plan.outputs, box, regions=regions)
         with report.stage("export"):
-            for piece in pieces(rows, axis, prepared.grid, part.grid):
+            nearest = separate_scores(part.grid, self.plan)
+            for piece in pieces(rows, axis, prepared.grid, part.grid, regions=regions, nearest_axis=nearest):
                 labels[box][piece.index] = values.astype(labels.dtype)[piece.winners]
                 if soft is not None:
                     with report.stage("soft"):

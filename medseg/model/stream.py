@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from medseg.model.export import SCATTERED_VOXELS, Scattered, interpolate_slab, winners_slab
 from medseg.process.resample import AxisPositions, parallel_axes
+from medseg.process.resize import nearest
 from medseg.volume import Grid
 
 if TYPE_CHECKING:
@@ -41,11 +42,17 @@ class Piece:
     scores: Callable[[], Iterator[tuple[Index, Tensor]]]
 
 
-def pieces(rows: Rows, axis: int, grid: Grid, target: Grid, *, regions: bool = False) -> Iterator[Piece]:
-    """Yield the voxels of `target`, each once, when the rows along `axis` that they lie between are there."""
+def pieces(
+    rows: Rows, axis: int, grid: Grid, target: Grid, *, regions: bool = False, nearest_axis: int | None = None
+) -> Iterator[Piece]:
+    """Yield the voxels of `target`, each once, when the rows along `axis` that they lie between are there.
+
+    Along `nearest_axis` of `grid` scores are those of the nearest row, where the grids are parallel.
+    """
     axes = parallel_axes(grid, target)
     if axes is None:
         return _across(rows, axis, grid, target, regions)
+    axes = [nearest(one) if one.source_axis == nearest_axis else one for one in axes]
     return _along(rows, axis, grid, axes, regions)
 
 

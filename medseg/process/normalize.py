@@ -17,14 +17,15 @@ class CTNormalization(BaseModel):
     """Clip to two intensities of the training set, then subtract its mean and divide by its standard deviation.
 
     CT numbers mean the same in every scan, so one set of numbers, taken over the labelled voxels of the training set,
-    serves all (Isensee et al., "nnU-Net", Nature Methods 2021, supplementary note 2).
+    serves all (Isensee et al., "nnU-Net", Nature Methods 2021, supplementary note 2). Without `lower` and `upper`
+    nothing is clipped: with mean 0 and std 1 intensities stay as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["ct"] = "ct"
-    lower: float
-    upper: float
+    lower: float | None = None
+    upper: float | None = None
     mean: float
     std: float = Field(gt=0)
 
@@ -41,11 +42,20 @@ class ZScore(BaseModel):
     nonzero: bool = False
 
 
-Normalization = Annotated[CTNormalization | ZScore, Field(discriminator="kind")]
+class Rescale(BaseModel):
+    """Map the image's own smallest intensity to 0 and its largest to 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["rescale"] = "rescale"
+
+
+Scheme = CTNormalization | ZScore | Rescale
+Normalization = Annotated[Scheme, Field(discriminator="kind")]
 
 
 def normalize(
-    array: NDArray[np.float32], schemes: Sequence[CTNormalization | ZScore], mask: NDArray[np.bool_] | None = None
+    array: NDArray[np.float32], schemes: Sequence[Scheme], mask: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float32]:
     """Return float32 channels (C, I, J, K), each normalized by its scheme; `mask` (I, J, K): where the image is not 0.
 
@@ -54,9 +64,13 @@ def normalize(
     result = np.empty_like(array)
     for channel, scheme, out in zip(array, schemes, result, strict=True):
         if isinstance(scheme, CTNormalization):
-            np.clip(channel, scheme.lower, scheme.upper, out=out)
+            low = -np.inf if scheme.lower is None else scheme.lower
+            np.clip(channel, low, np.inf if scheme.upper is None else scheme.upper, out=out)
             np.subtract(out, scheme.mean, out=out)
             np.divide(out, scheme.std, out=out)
+        elif isinstance(scheme, Rescale):
+            np.subtract(channel, channel.min(), out=out)
+            np.divide(out, max(float(out.max()), SMALLEST_STD), out=out)
         elif scheme.nonzero:
             inside = channel != 0 if mask is None else mask
             values = channel[inside] if inside.any() else np.zeros(1, np.float32)

@@ -26,16 +26,17 @@ def tile_starts(size: int, patch: int, step: float) -> list[int]:
     if size < patch:
         raise UsageError(f"Tiles of {patch} voxels do not fit into {size}; pad the image first.")
     count = int(np.ceil((size - patch) / max(1.0, patch * step))) + 1
-    return [round(place * (size - patch) / max(1, count - 1)) for place in range(count)]
+    return [round(place * ((size - patch) / max(1, count - 1))) for place in range(count)]
 
 
 def normalized_weights(size: int, patch: int, starts: Sequence[int]) -> list[NDArray[np.float32]]:
     """Return, for each tile along one axis, its shares (patch,) in its voxels: over all tiles they add up to 1.
 
-    A tile counts by a Gaussian, most in its middle, where a network sees most. The blend of a volume is the product
-    of the shares along its three axes, so no sum of weights has to be kept or divided by.
+    A tile counts by a Gaussian, most at voxel patch // 2 (as in nnU-Net), since a network sees most in its middle. The
+    blend of a volume is the product of the shares along its three axes, so no sum of weights has to be kept or divided
+    by.
     """
-    gaussian = np.exp(-0.5 * ((np.arange(patch) - (patch - 1) / 2) / (patch * SIGMA_SHARE)) ** 2)
+    gaussian = np.exp(-0.5 * ((np.arange(patch) - patch // 2) / (patch * SIGMA_SHARE)) ** 2)
     total = np.zeros(size)
     for start in starts:
         total[start : start + patch] += gaussian

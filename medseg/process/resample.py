@@ -82,7 +82,7 @@ def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | None =
     else:
         matrices = [axis_matrix(axis, size, order=order) for axis, size in zip(axes, sizes, strict=True)]
         result = apply_matrices(finite_float32(array), matrices)
-        _settle_constants(array, result, axes)
+        settle_constants(array, result, axes)
     if fill is not None:
         _fill_outside(result, inside, fill)
     return Volume(result, grid)
@@ -135,6 +135,12 @@ def axis_matrix(axis: AxisPositions, size: int, *, order: int, smooth: bool = Tr
     return matrix.astype(np.float32)
 
 
+def spline_matrix(positions: NDArray[np.float64], size: int) -> Matrix:
+    """Return the (positions, size) matrix of a cubic spline through voxels that go on with the edge value."""
+    edges = np.pad(np.eye(size), ((SPLINE_REACH, SPLINE_REACH), (0, 0)), mode="edge")
+    return np.asarray(_cubic(positions + SPLINE_REACH, len(edges)) @ edges, dtype=np.float32)
+
+
 def apply_matrices(array: NDArray[np.float32], matrices: Sequence[Matrix]) -> NDArray[np.float32]:
     """Return (C, I, J, K) times one matrix per spatial axis, the axis that shrinks most first."""
     for axis in sorted(range(3), key=lambda axis: matrices[axis].shape[0] / matrices[axis].shape[1]):
@@ -151,7 +157,7 @@ def apply_matrices(array: NDArray[np.float32], matrices: Sequence[Matrix]) -> ND
     return array
 
 
-def _settle_constants(source: NDArray[np.generic], result: NDArray[np.float32], axes: Sequence[AxisPositions]) -> None:
+def settle_constants(source: NDArray[np.generic], result: NDArray[np.float32], axes: Sequence[AxisPositions]) -> None:
     """Set blocks of the result to a value that holds throughout what they draw on of the source: air becomes constant.
 
     Beyond SPLINE_REACH a spline's weights sum to less than float32 can tell.
