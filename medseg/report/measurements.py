@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError
-from medseg.labels import Label
+from medseg.errors import GeometryError
+from medseg.labels import Label, complete, label_map
 from medseg.volume import Volume
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One structure: its volume, its center in RAS+ mm and, with an image, mean and deviation in the image's units.
+    """One structure: its volume, its center in RAS+ mm and, with an image, how bright it is in the image's units.
 
     What cannot be said of a structure that is not there, or without an image, is None.
     """
@@ -29,6 +29,8 @@ class Measurement:
     centroid_mm: tuple[float, float, float] | None
     intensity_mean: float | None = None
     intensity_std: float | None = None
+    intensity_min: float | None = None
+    intensity_max: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement as JSON takes it."""
@@ -45,39 +47,27 @@ def measure(labels: Volume, table: Sequence[Label], image: Volume | None = None)
     if image is not None and not image.grid.matches(labels.grid):
         raise GeometryError("The image and the labels lie on different grids; resample one onto the other first.")
     sums = _sums(label_map(labels), None if image is None else image.array[0])
-    names = {value: f"label {value}" for value in sums} | {label.value: label.name for label in table}
-    return [_measurement(value, names[value], sums.get(value), labels, image is not None) for value in sorted(names)]
-
-
-def label_map(labels: Volume) -> NDArray[np.integer[Any]]:
-    """Return the label values (I, J, K) of a volume as integers, without a copy where they are stored so.
-
-    Raises InputError (`not_labels`) for several channels, fractions and negative numbers.
-    """
-    values: NDArray[Any] = labels.array[0]
-    whole: NDArray[np.integer[Any]] = values
-    if values.dtype.kind in "fb":
-        with np.errstate(invalid="ignore"):  # what is not finite turns into something else, and is found so
-            whole = values.astype(np.int32)
-    if len(labels.array) > 1 or (whole is not values and not np.array_equal(whole, values)) or whole.min() < 0:
-        raise InputError(
-            "A label map is one channel of whole numbers from 0; this volume holds something else, maybe an image.",
-            reason="not_labels",
-        )
-    return whole
+    return [
+        _measurement(label.value, label.name, sums.get(label.value), labels, image is not None)
+        for label in complete(table, sums)
+    ]
 
 
 def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[int, NDArray[np.float64]]:
-    """Return for each label the number of its voxels and the sums over them of i, j, k, intensity and its square."""
-    sums: dict[int, NDArray[np.float64]] = defaultdict(lambda: np.zeros(6))
+    """Return for each label the number of its voxels, the sums of i, j, k, intensity and its square, and the range."""
+    sums: dict[int, NDArray[np.float64]] = defaultdict(lambda: np.array([0, 0, 0, 0, 0, 0, np.inf, -np.inf]))
     for k in range(values.shape[2]):
         i, j = np.nonzero(values[:, :, k])
         found, place = np.unique(values[i, j, k], return_inverse=True)
         shade = np.zeros(len(i)) if image is None else image[i, j, k].astype(np.float64)
         terms = (np.ones(len(i)), i, j, np.full(len(i), k), shade, shade**2)
         rows = np.stack([np.bincount(place, weights=term) for term in terms], axis=1)
-        for value, row in zip(found.tolist(), rows, strict=True):
-            sums[value] += row
+        low, high = np.full(len(found), np.inf), np.full(len(found), -np.inf)
+        np.minimum.at(low, place, shade)
+        np.maximum.at(high, place, shade)
+        for value, row, least, most in zip(found.tolist(), rows, low, high, strict=True):
+            sums[value][:6] += row
+            sums[value][6:] = min(sums[value][6], least), max(sums[value][7], most)
     return dict(sums)
 
 
@@ -91,6 +81,6 @@ def _measurement(
     x, y, z = labels.grid.to_world(sums[1:4] / voxels).tolist()
     if not with_image:
         return Measurement(value, name, voxels, volume_ml, (x, y, z))
-    mean, mean_square = (sums[4:] / voxels).tolist()
+    mean, mean_square = (sums[4:6] / voxels).tolist()
     std = max(0.0, mean_square - mean**2) ** 0.5
-    return Measurement(value, name, voxels, volume_ml, (x, y, z), mean, std)
+    return Measurement(value, name, voxels, volume_ml, (x, y, z), mean, std, *sums[6:].tolist())
