@@ -6,6 +6,7 @@ Only what the standard requires of every object is taken over; descriptions, phy
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import re
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | Series
 """The series that labels belong to: its folder, or itself as `find_series` found it."""
+
+OWN_SCHEME = "99MEDSEG"
+"""The coding scheme of labels without a SNOMED CT code; see `code_of`."""
 
 UTF8 = "ISO_IR 192"
 NAME_LENGTH = 64
@@ -128,6 +132,17 @@ def referring(path: Path) -> Iterator[None]:
         raise _unreferable("The headers of the source break the DICOM standard", path) from error
     finally:
         log.setLevel(level)
+
+
+def code_of(label: Label) -> tuple[str, str, str]:
+    """Return value, scheme and meaning of the code for a label.
+
+    A label without a SNOMED CT code gets one of our own: the start of a hash of its name in lower case, so that labels
+    of one name have one code everywhere.
+    """
+    if label.snomed is not None:
+        return label.snomed.value, "SCT", named(label.snomed.meaning)
+    return hashlib.sha256(label.name.casefold().encode()).hexdigest()[:16], OWN_SCHEME, named(label.name)
 
 
 def color_of(label: Label) -> tuple[int, int, int]:

@@ -5,7 +5,6 @@ Source: PS3.3 A.51 and C.8.20; label maps came with Supplement 243.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import defaultdict
@@ -22,6 +21,7 @@ from medseg.io.dicom_references import (
     UTF8,
     Source,
     check_frame_of_reference,
+    code_of,
     equipment,
     headers,
     located,
@@ -37,9 +37,6 @@ from medseg.volume import Affine, Grid, Volume
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
     from pydicom import Dataset
-
-OWN_SCHEME = "99MEDSEG"
-"""The coding scheme of labels without a SNOMED CT code; see `code_of`."""
 
 FRAME_TOLERANCE = 0.1
 """How far, in voxels, the corners of a frame may lie from voxels of the source."""
@@ -126,17 +123,6 @@ def load_dicom_seg(
     return volume_of(
         [(label, np.unique(np.concatenate(places.get(label.value, nowhere)))) for label in table], grid
     ), table
-
-
-def code_of(label: Label) -> tuple[str, str, str]:
-    """Return value, scheme and meaning of the code for a label.
-
-    A label without a SNOMED CT code gets one of our own: the start of a hash of its name in lower case, so that labels
-    of one name have one code everywhere.
-    """
-    if label.snomed is not None:
-        return label.snomed.value, "SCT", named(label.snomed.meaning)
-    return hashlib.sha256(label.name.casefold().encode()).hexdigest()[:16], OWN_SCHEME, named(label.name)
 
 
 def _segmentation(regions: Regions, sources: list[Dataset], labelmap: bool, algorithm: str | None) -> Dataset:
