@@ -82,13 +82,26 @@ def test_a_hole_below_a_hole_and_many_of_them() -> None:
 
 
 def test_fill_by_hand() -> None:
-    # A triangle with corners 0 0, 4 0 and 0 4: the row j holds the centers with 0 <= i < 4 - j.
+    # A triangle with corners 0 0, 4 0 and 0 4 holds the centers with i + j <= 4, the last five on its long side.
     triangle = np.array([[0, 0], [4, 0], [0, 4]], dtype=float)
-    expected = np.add.outer(np.arange(6), np.arange(5)) < 4
+    expected = np.add.outer(np.arange(6), np.arange(5)) <= 4
     np.testing.assert_array_equal(fill([triangle], (6, 5)), expected)
     np.testing.assert_array_equal(fill([triangle[::-1]], (6, 5)), expected)
-    # The same, a little off by rounding in a file.
-    np.testing.assert_array_equal(fill([triangle + 4e-4 * np.array([[1, -1], [-1, 1], [1, 1]])], (6, 5)), expected)
+    # The same, a little smaller by rounding in a file.
+    np.testing.assert_array_equal(fill([(triangle - 1) * (1 - 1e-4) + 1], (6, 5)), expected)
+    # Half a voxel down, only j = 1, 2, 3 and 4 are in it: 0.5 below the lines i + j = 4.5 and j = 0.5.
+    moved = np.add.outer(np.arange(6), np.arange(5)) <= 4.5
+    moved[:, 0] = False
+    np.testing.assert_array_equal(fill([triangle + np.array([0, 0.5])], (6, 5)), moved)
+
+
+@given(st.tuples(*[st.integers(0, 5)] * 4))
+def test_contours_through_the_outermost_centers_hold_them(ends: tuple[int, int, int, int]) -> None:
+    i, width, j, height = ends
+    box = np.array([[i, j], [i + width, j], [i + width, j + height], [i, j + height]], dtype=float)
+    expected = np.zeros((12, 12), dtype=bool)
+    expected[i : i + width + 1, j : j + height + 1] = True
+    np.testing.assert_array_equal(fill([box], expected.shape), expected)
 
 
 @given(arrays(float, (7, 2), elements=st.floats(-3, 9)))
@@ -97,10 +110,10 @@ def test_polygons_that_reach_beyond_the_slice_are_cut(polygon: np.ndarray) -> No
     np.testing.assert_array_equal(fill([polygon + 12], (30, 30))[12:16, 12:17], inner)
 
 
-def test_the_parts_of_a_divided_polygon_share_no_voxel() -> None:
-    left, right = (np.array([[a, 0], [b, 0], [b, 3], [a, 3]], dtype=float) for a, b in ((0, 2), (2, 5)))
-    assert fill([left, right], (6, 4)).sum() == 15
-    assert fill([left], (6, 4)).sum() == 6
+def test_two_polygons_add_up_and_one_inside_another_is_a_hole() -> None:
+    one, other, inner = (np.array([[a, a], [b, a], [b, b], [a, b]]) - 0.5 for a, b in ((0, 2), (3, 9), (5, 8)))
+    assert fill([one, other], (9, 9)).sum() == 4 + 36
+    assert fill([other, inner], (9, 9)).sum() == 36 - 9
 
 
 def test_no_polygon_fills_nothing() -> None:

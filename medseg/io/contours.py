@@ -48,27 +48,40 @@ def trace(mask: Mask) -> list[Polygon]:
 
 
 def fill(polygons: Sequence[Polygon], shape: tuple[int, int]) -> Mask:
-    """Return the mask (I, J) of the voxels whose center lies inside an odd number of closed polygons (n, 2).
+    """Return the mask (I, J) of the voxels whose center lies inside an odd number of closed polygons (n, 2), or on one.
 
-    So polygons that do not overlap add up, and one inside another is a hole. Of the centers on a line, those at the low
-    ends of i and j count as inside, so that polygons that share a side share no voxel.
+    So polygons that do not overlap add up, and one inside another is a hole. Centers on a line count, to a thousandth
+    of a voxel: many programs draw contours through the centers of the outermost voxels.
     """
     if not polygons:
         return np.zeros(shape, dtype=bool)
     starts = np.concatenate(polygons).round(SNAP_DECIMALS)
     ends = np.concatenate([np.roll(polygon, -1, axis=0) for polygon in polygons]).round(SNAP_DECIMALS)
-    upwards = (starts[:, 1] > ends[:, 1])[:, None]
-    x1, y1 = np.where(upwards, ends, starts).T
-    x2, y2 = np.where(upwards, starts, ends).T
-    first, behind = (np.clip(np.ceil(y), 0, shape[1]).astype(int) for y in (y1, y2))
-    count = behind - first
+    downwards = (starts[:, 1] > ends[:, 1])[:, None]
+    x1, y1 = np.where(downwards, ends, starts).T
+    x2, y2 = np.where(downwards, starts, ends).T
+    first, last = np.clip(np.ceil(y1), 0, None), np.clip(np.floor(y2), None, shape[1] - 1)
+    count = np.where(y1 < y2, np.clip(last - first + 1, 0, None), 0).astype(int)
     edge = np.repeat(np.arange(len(count)), count)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
-    crossing = x1[edge] + (row - y1[edge]) * (x2 - x1)[edge] / (y2 - y1)[edge]
-    column = np.clip(np.ceil(crossing.round(2 * SNAP_DECIMALS)), 0, shape[0]).astype(int)
-    turns = np.bincount(column * shape[1] + row, minlength=(shape[0] + 1) * shape[1])
-    inside: Mask = np.cumsum(turns.reshape(-1, shape[1])[: shape[0]], axis=0) % 2 == 1
+    crossing = (x1[edge] + (row - y1[edge]) * (x2 - x1)[edge] / (y2 - y1)[edge]).round(SNAP_DECIMALS)
+    # A row through the upper end of an edge crosses the edge that goes on from there.
+    crosses = row < y2[edge]
+    odd = np.cumsum(_counts(np.ceil(crossing)[crosses], row[crosses], shape), axis=0) % 2 == 1
+    level, met = (y1 == y2) & (y1 % 1 == 0), crossing % 1 == 0
+    begin = np.concatenate([np.ceil(np.minimum(x1, x2)[level]), crossing[met]])
+    behind = np.concatenate([np.floor(np.maximum(x1, x2)[level]), crossing[met]]) + 1
+    rows = np.concatenate([y1[level], row[met]])
+    on_line = np.cumsum(_counts(begin, rows, shape) - _counts(behind, rows, shape), axis=0) > 0
+    inside: Mask = (odd | on_line)[:-1]
     return inside
+
+
+def _counts(column: Polygon, row: Polygon, shape: tuple[int, int]) -> NDArray[np.intp]:
+    """Return how often each place (I + 1, J) occurs; columns beyond the slice count at its ends, rows do not."""
+    there = (row >= 0) & (row < shape[1])
+    places = np.clip(column[there], 0, shape[0]) * shape[1] + row[there]
+    return np.bincount(places.astype(int), minlength=(shape[0] + 1) * shape[1]).reshape(-1, shape[1])
 
 
 def _corners(mask: Mask) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
