@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError
+from medseg.errors import GeometryError, OutputError
+from medseg.io.files import written_whole
 from medseg.labels import Label, complete, label_map
 from medseg.volume import Volume
 
@@ -51,6 +56,30 @@ def measure(labels: Volume, table: Sequence[Label], image: Volume | None = None)
         _measurement(label.value, label.name, sums.get(label.value), labels, image is not None)
         for label in complete(table, sums)
     ]
+
+
+def save_measurements(measurements: Sequence[Measurement], path: str | PathLike[str]) -> None:
+    """Write measurements as .json or .csv; in the latter the center has three columns, and what is not known is blank.
+
+    Raises OutputError for another ending and where the file cannot be written.
+    """
+    path = Path(path)
+    rows = [row.to_dict() for row in measurements]
+    if path.suffix.lower() not in {".json", ".csv"}:
+        raise OutputError("The name of a file of measurements ends in .json or .csv.", path=path, reason="format")
+    with written_whole(path) as beside:
+        if path.suffix.lower() == ".json":
+            beside.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            return
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            names = [field.name for field in fields(Measurement)]
+            place = names.index("centroid_mm")
+            table = csv.writer(file)
+            table.writerow([*names[:place], "x_mm", "y_mm", "z_mm", *names[place + 1 :]])
+            for row in rows:
+                center = row["centroid_mm"] or (None, None, None)
+                values = [row[name] for name in names]
+                table.writerow([*values[:place], *center, *values[place + 1 :]])
 
 
 def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[int, NDArray[np.float64]]:
