@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
+from medseg.errors import InputError
+from medseg.volume import Volume
 
 PALETTE = (
     "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990",
@@ -39,3 +45,28 @@ def make_labels(names: Iterable[tuple[int, str]]) -> tuple[Label, ...]:
     return tuple(
         Label(value=value, name=name, color=PALETTE[place % len(PALETTE)]) for place, (value, name) in enumerate(pairs)
     )
+
+
+def complete(table: Sequence[Label], values: Iterable[int]) -> tuple[Label, ...]:
+    """Return the table with an entry for each of the values that it lacks, called "label N", sorted by value."""
+    unknown = set(values) - {label.value for label in table} - {0}
+    added = [Label(value=value, name=f"label {value}", color=PALETTE[(value - 1) % len(PALETTE)]) for value in unknown]
+    return tuple(sorted([*table, *added], key=lambda label: label.value))
+
+
+def label_map(labels: Volume) -> NDArray[np.integer[Any]]:
+    """Return the label values (I, J, K) of a volume as integers, without a copy where they are stored so.
+
+    Raises InputError (`not_labels`) for several channels, fractions and negative numbers.
+    """
+    values: NDArray[Any] = labels.array[0]
+    whole: NDArray[np.integer[Any]] = values
+    if values.dtype.kind in "fb":
+        with np.errstate(invalid="ignore"):  # what is not finite turns into something else, and is found so
+            whole = values.astype(np.int32)
+    if len(labels.array) > 1 or (whole is not values and not np.array_equal(whole, values)) or whole.min() < 0:
+        raise InputError(
+            "A label map is one channel of whole numbers from 0; this volume holds something else, maybe an image.",
+            reason="not_labels",
+        )
+    return whole

@@ -9,8 +9,8 @@ import pytest
 from conftest import make_grid
 
 from medseg.errors import GeometryError, InputError
-from medseg.labels import make_labels
-from medseg.report.measurements import label_map, measure
+from medseg.labels import label_map, make_labels
+from medseg.report.measurements import measure
 from medseg.volume import Grid, Volume
 
 TABLE = make_labels([(1, "liver"), (2, "spleen")])
@@ -36,7 +36,8 @@ def test_numbers_by_hand() -> None:
     assert (liver.intensity_mean, liver.intensity_std) == (None, None)
     assert spleen.to_dict() == {
         "value": 2, "name": "spleen", "voxels": 0, "volume_ml": 0.0,
-        "centroid_mm": None, "intensity_mean": None, "intensity_std": None, "expected_volume_ml": None,
+        "centroid_mm": None, "intensity_mean": None, "intensity_std": None,
+        "intensity_min": None, "intensity_max": None, "expected_volume_ml": None,
     }  # fmt: skip
     assert (unknown.value, unknown.name, unknown.voxels) == (7, "label 7", 1)
     assert unknown.centroid_mm == pytest.approx((10, 23, 30))
@@ -49,6 +50,7 @@ def test_intensities_by_hand() -> None:
     measured = measure(labels_on(grid, v2=np.s_[:, :, 0]), TABLE, image)
     assert measured[1].intensity_mean == pytest.approx(3)
     assert measured[1].intensity_std == pytest.approx(3.5**0.5)
+    assert (measured[1].intensity_min, measured[1].intensity_max) == (1, 6)
     assert measured[0].intensity_mean is None
     json.dumps([one.to_dict() for one in measured], allow_nan=False)
 

@@ -59,39 +59,12 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     return [_series(slices) for slices in groups.values()]
 
 
-def read(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> Volume:
-    """Return the one scan at or below `folder`, or the series named, as a Volume with one channel.
+def choose(folder: str | os.PathLike[str], series_uid: str | None = None) -> tuple[Series, Grid]:
+    """Return the one scan at or below `folder`, or the series named, with its grid; its pixels stay unread.
 
-    i counts the columns of the image, j its rows, k the slices along their normal. Values are rescaled slice by slice:
-    int16 or int32 where slopes and intercepts are whole numbers, else float32. Localizers, color pictures, segmentation
-    objects and the like do not count. Raises SeriesRefused where the scan cannot be read right or there are several,
-    UnreadableFile where files are missing or damaged, UsageError for an unknown `series_uid`.
+    Raises what `read` raises for headers.
     """
-    series, grid = _chosen(Path(folder), series_uid)
-    return Volume(_voxels(series.slices), grid)
-
-
-def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
-    """Return the FrameOfReferenceUID of the series that `read` would read; "" where the series states none.
-
-    Two volumes share their world space only where both state the same one. Raises what `read` raises for headers.
-    """
-    return _chosen(Path(folder), series_uid)[0].frame_of_reference_uid
-
-
-def _files(path: Path) -> list[Path]:
-    with reading(path):
-        if path.is_file():
-            return [path]
-        below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names)
-        return sorted(file for file in below if file.is_file())
-
-
-def _fail(error: OSError) -> None:
-    raise error
-
-
-def _chosen(folder: Path, series_uid: str | None) -> tuple[Series, Grid]:
+    folder = Path(folder)
     found = find_series(folder)
     if not found:
         raise UnreadableFile(
@@ -114,6 +87,38 @@ def _chosen(folder: Path, series_uid: str | None) -> tuple[Series, Grid]:
     if refusals:
         raise refusals[0]
     return readable[0]
+
+
+def read(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> Volume:
+    """Return the one scan at or below `folder`, or the series named, as a Volume with one channel.
+
+    i counts the columns of the image, j its rows, k the slices along their normal. Values are rescaled slice by slice:
+    int16 or int32 where slopes and intercepts are whole numbers, else float32. Localizers, color pictures, segmentation
+    objects and the like do not count. Raises SeriesRefused where the scan cannot be read right or there are several,
+    UnreadableFile where files are missing or damaged, UsageError for an unknown `series_uid`.
+    """
+    series, grid = choose(folder, series_uid)
+    return Volume(_voxels(series.slices), grid)
+
+
+def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
+    """Return the FrameOfReferenceUID of the series that `read` would read; "" where the series states none.
+
+    Two volumes share their world space only where both state the same one. Raises what `read` raises for headers.
+    """
+    return choose(folder, series_uid)[0].frame_of_reference_uid
+
+
+def _files(path: Path) -> list[Path]:
+    with reading(path):
+        if path.is_file():
+            return [path]
+        below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names)
+        return sorted(file for file in below if file.is_file())
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _series(slices: Sequence[Slice]) -> Series:

@@ -95,7 +95,7 @@ def read_header(path: Path) -> Slice | None:
     from pydicom.errors import InvalidDicomError
     from pydicom.uid import MediaStorageDirectoryStorage
 
-    with _parsing(path):
+    with parsing(path):
         try:
             data = dcmread(path, stop_before_pixels=True, specific_tags=[*HEADER_TAGS])
         except InvalidDicomError:
@@ -115,7 +115,7 @@ def read_pixels(part: Slice) -> Array:
     from pydicom import dcmread
     from pydicom.pixels.utils import pixel_array
 
-    with _parsing(part.path):
+    with parsing(part.path):
         data = dcmread(BytesIO(part.path.read_bytes()), force=True)
         syntax = data.file_meta.TransferSyntaxUID
         if not _has_decoder(syntax):
@@ -129,22 +129,30 @@ def read_pixels(part: Slice) -> Array:
 
 
 @contextmanager
-def _parsing(path: Path) -> Iterator[None]:
-    """Turn what pydicom raises into UnreadableFile, and keep its warnings and log from quoting the header."""
-    log = logging.getLogger("pydicom")
-    silence = logging.Filter("no such logger")
-    log.addFilter(silence)
+def parsing(path: Path) -> Iterator[None]:
+    """Turn what pydicom raises into UnreadableFile, and keep it silent."""
     try:
-        with reading(path), warnings.catch_warnings():
+        with reading(path), silence():
+            yield
+    except damage() as error:
+        raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path) from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep the warnings and logs of the DICOM libraries from quoting headers."""
+    log = logging.getLogger("pydicom")
+    nothing = logging.Filter("no such logger")
+    log.addFilter(nothing)
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except _damage() as error:
-        raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path) from error
     finally:
-        log.removeFilter(silence)
+        log.removeFilter(nothing)
 
 
-def _damage() -> tuple[type[Exception], ...]:
+def damage() -> tuple[type[Exception], ...]:
     """Return what pydicom and its decoders raise, besides OSError and the like, for files that break the standard."""
     from pydicom.errors import BytesLengthException
 
@@ -212,7 +220,7 @@ def _value(data: Dataset, name: str) -> Any:
     """Return what a tag holds: None or "" where it is blank, "?" where it cannot be read."""
     try:
         return data.get(name)
-    except _damage():
+    except damage():
         return "?"
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError
-from medseg.labels import Label
+from medseg.errors import GeometryError, OutputError
+from medseg.io.files import written_whole
+from medseg.labels import Label, complete, label_map
 from medseg.volume import Volume
 
 DENSE_LABELS = 2**16
@@ -19,7 +24,7 @@ DENSE_LABELS = 2**16
 
 @dataclass(frozen=True)
 class Measurement:
-    """One structure: its volume, its center in RAS+ mm and, with an image, mean and deviation in the image's units.
+    """One structure: its volume, its center in RAS+ mm and, with an image, how bright it is in the image's units.
 
     `expected_volume_ml` sums the probabilities that a model gave it, so that a voxel counts by its share.
 
@@ -33,6 +38,8 @@ class Measurement:
     centroid_mm: tuple[float, float, float] | None
     intensity_mean: float | None = None
     intensity_std: float | None = None
+    intensity_min: float | None = None
+    intensity_max: float | None = None
     expected_volume_ml: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,32 +57,41 @@ def measure(labels: Volume, table: Sequence[Label], image: Volume | None = None)
     if image is not None and not image.grid.matches(labels.grid):
         raise GeometryError("The image and the labels lie on different grids; resample one onto the other first.")
     sums = _sums(label_map(labels), None if image is None else image.array[0])
-    names = {value: f"label {value}" for value in sums} | {label.value: label.name for label in table}
-    return [_measurement(value, names[value], sums.get(value), labels, image is not None) for value in sorted(names)]
+    return [
+        _measurement(label.value, label.name, sums.get(label.value), labels, image is not None)
+        for label in complete(table, sums)
+    ]
 
 
-def label_map(labels: Volume) -> NDArray[np.integer[Any]]:
-    """Return the label values (I, J, K) of a volume as integers, without a copy where they are stored so.
+def save_measurements(measurements: Sequence[Measurement], path: str | PathLike[str]) -> None:
+    """Write measurements as .json or .csv; in the latter the center has three columns, and what is not known is blank.
 
-    Raises InputError (`not_labels`) for several channels, fractions and negative numbers.
+    Raises OutputError for another ending and where the file cannot be written.
     """
-    values: NDArray[Any] = labels.array[0]
-    whole: NDArray[np.integer[Any]] = values
-    if values.dtype.kind in "fb":
-        with np.errstate(invalid="ignore"):  # what is not finite turns into something else, and is found so
-            whole = values.astype(np.int32)
-    if len(labels.array) > 1 or (whole is not values and not np.array_equal(whole, values)) or whole.min() < 0:
-        raise InputError(
-            "A label map is one channel of whole numbers from 0; this volume holds something else, maybe an image.",
-            reason="not_labels",
-        )
-    return whole
+    path = Path(path)
+    rows = [row.to_dict() for row in measurements]
+    if path.suffix.lower() not in {".json", ".csv"}:
+        raise OutputError("The name of a file of measurements ends in .json or .csv.", path=path, reason="format")
+    with written_whole(path) as beside:
+        if path.suffix.lower() == ".json":
+            beside.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            return
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            names = [field.name for field in fields(Measurement)]
+            place = names.index("centroid_mm")
+            table = csv.writer(file)
+            table.writerow([*names[:place], "x_mm", "y_mm", "z_mm", *names[place + 1 :]])
+            for row in rows:
+                center = row["centroid_mm"] or (None, None, None)
+                values = [row[name] for name in names]
+                table.writerow([*values[:place], *center, *values[place + 1 :]])
 
 
 def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[int, NDArray[np.float64]]:
-    """Return for each label the number of its voxels and the sums over them of i, j, k, intensity and its square."""
+    """Return for each label the number of its voxels, the sums of i, j, k, intensity and its square, and the range."""
     distinct, numbers = _numbered(values)
-    sums = np.zeros((6, len(distinct)))
+    sums = np.zeros((8, len(distinct)))
+    sums[6:] = np.array([[np.inf], [-np.inf]])
     # Slabs as they lie in memory, whatever the order of the axes.
     order = sorted(range(3), key=lambda axis: -numbers.strides[axis])
     shades = None if image is None else image.transpose(order)
@@ -86,6 +102,8 @@ def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[
         if shades is not None:
             shade = shades[row][p, q].astype(np.float64)
             terms += [shade, shade**2]
+            np.minimum.at(sums[6], found, shade)
+            np.maximum.at(sums[7], found, shade)
         count, *others = (np.bincount(found, weights=term, minlength=len(distinct)) for term in terms)
         places = [0, *(axis + 1 for axis in order), 4, 5]
         for place, total in zip(places, [count, row * count, *others], strict=False):
@@ -112,6 +130,6 @@ def _measurement(
     x, y, z = labels.grid.to_world(sums[1:4] / voxels).tolist()
     if not with_image:
         return Measurement(value, name, voxels, volume_ml, (x, y, z))
-    mean, mean_square = (sums[4:] / voxels).tolist()
+    mean, mean_square = (sums[4:6] / voxels).tolist()
     std = max(0.0, mean_square - mean**2) ** 0.5
-    return Measurement(value, name, voxels, volume_ml, (x, y, z), mean, std)
+    return Measurement(value, name, voxels, volume_ml, (x, y, z), mean, std, *sums[6:].tolist())

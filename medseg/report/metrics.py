@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from medseg.errors import DatasetError, GeometryError, MedsegError, UsageError
 from medseg.io import VOLUME_ENDINGS, load
 from medseg.io.files import reading, written_whole
-from medseg.labels import Label, make_labels
-from medseg.report.measurements import label_map, measure
+from medseg.labels import Label, label_map, make_labels
+from medseg.report.measurements import measure
 from medseg.report.surfaces import compare_surfaces
 from medseg.volume import Volume
 

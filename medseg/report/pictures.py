@@ -14,8 +14,8 @@ from scipy.ndimage import maximum_filter
 
 from medseg.errors import GeometryError, UsageError
 from medseg.io.files import written_whole
-from medseg.labels import PALETTE, Label
-from medseg.report.measurements import Measurement, label_map, measure
+from medseg.labels import PALETTE, Label, label_map
+from medseg.report.measurements import Measurement, measure
 from medseg.volume import Grid, Volume
 
 if TYPE_CHECKING:

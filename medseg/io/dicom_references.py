@@ -1,0 +1,192 @@
+"""What a DICOM object that belongs to a series says of it: patient, study, frame of reference, instances.
+
+Only what the standard requires of every object is taken over; descriptions, physicians, ages and comments are not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.errors import GeometryError, OutputError
+from medseg.io.dicom_geometry import LPS_TO_RAS
+from medseg.io.dicom_series import Series, choose
+from medseg.io.dicom_slice import Slice, damage, parsing, silence
+from medseg.labels import Label
+from medseg.volume import Grid
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+Source = str | os.PathLike[str] | Series
+"""The series that labels belong to: its folder, or itself as `find_series` found it."""
+
+OWN_SCHEME = "99MEDSEG"
+"""The coding scheme of labels without a SNOMED CT code; see `code_of`."""
+
+UTF8 = "ISO_IR 192"
+NAME_LENGTH = 64
+"""How many characters a name may have (VR LO, PS3.5 6.2)."""
+
+PATIENT_AND_STUDY = {
+    "PatientName": ".*",
+    "PatientID": ".*",
+    "PatientBirthDate": r"\d{8}",
+    "PatientSex": "[MFO]",
+    "StudyDate": r"\d{8}",
+    "StudyTime": r"\d{2,6}(\.\d{1,6})?",
+    "ReferringPhysicianName": ".*",
+    "StudyID": ".*",
+    "AccessionNumber": ".*",
+}
+"""What every object repeats (type 2: may be blank), and how it must look, else it is left blank."""
+
+IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+"""Without these, nothing can refer to a file."""
+
+OTHER = ("SpecificCharacterSet", "Modality", "Rows", "Columns", "SliceThickness", "PositionReferenceIndicator")
+
+
+def located(source: Source) -> tuple[Series, Grid]:
+    """Return the series and its grid. Raises what reading the series raises for headers."""
+    if not isinstance(source, Series):
+        return choose(source)
+    if source.grid is None:
+        raise source.refusal or GeometryError("The series has no grid.")
+    return source, source.grid
+
+
+def headers(slices: Sequence[Slice]) -> list[Dataset]:
+    """Return for each slice what an object that refers to it repeats, in clean form, and its geometry.
+
+    Raises OutputError (`unreferable_source`) where a file lacks an identifier, so that nothing can refer to it.
+    """
+    from pydicom import dcmread
+
+    found = []
+    for part in slices:
+        with parsing(part.path):
+            tags = [*IDENTITY, *PATIENT_AND_STUDY, *OTHER]
+            header = _clean(dcmread(part.path, stop_before_pixels=True, specific_tags=tags), part)
+        missing = [name for name in IDENTITY if not header.get(name)]
+        if missing:
+            raise _unreferable(f"A file of the source does not state its {', '.join(missing)}", part.path)
+        found.append(header)
+    return found
+
+
+def lps(points: NDArray[np.float64], plane: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the positions (n, 3) in DICOM's LPS mm of points (n, 2) of a slice: columns and rows, in pixels."""
+    to_lps = LPS_TO_RAS @ plane
+    return np.asarray(points @ to_lps[:3, :2].T + to_lps[:3, 3])
+
+
+def named(text: str) -> str:
+    """Return a text as DICOM takes a name: at most 64 characters, without backslashes and control characters."""
+    return "".join("/" if letter == "\\" else letter for letter in text if letter.isprintable())[:NAME_LENGTH]
+
+
+def equipment() -> dict[str, str]:
+    """Return what medseg says of itself in the objects that it writes."""
+    from medseg import __version__
+
+    return {
+        "Manufacturer": "medseg",
+        "ManufacturerModelName": "medseg",
+        "DeviceSerialNumber": "1",
+        "SoftwareVersions": __version__,
+    }
+
+
+def check_frame_of_reference(stated: str, series: Series, path: Path) -> None:
+    """Raise GeometryError where an object states another frame of reference than the series it is to be put onto."""
+    if stated and series.frame_of_reference_uid and stated != series.frame_of_reference_uid:
+        raise GeometryError(
+            "The file was made in another frame of reference than the source, so its positions mean something else "
+            "there. Pass the series that it was made for.",
+            path=path,
+            reason="frame_of_reference",
+        )
+
+
+@contextmanager
+def referring(path: Path) -> Iterator[None]:
+    """Turn what the DICOM libraries raise for headers that they do not take into OutputError, and keep them silent."""
+    log = logging.getLogger("highdicom")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with silence():
+            yield
+    except damage() as error:
+        raise _unreferable("The headers of the source break the DICOM standard", path) from error
+    finally:
+        log.setLevel(level)
+
+
+def code_of(label: Label) -> tuple[str, str, str]:
+    """Return value, scheme and meaning of the code for a label.
+
+    A label without a SNOMED CT code gets one of our own: the start of a hash of its name in lower case, so that labels
+    of one name have one code everywhere.
+    """
+    if label.snomed is not None:
+        return label.snomed.value, "SCT", named(label.snomed.meaning)
+    return hashlib.sha256(label.name.casefold().encode()).hexdigest()[:16], OWN_SCHEME, named(label.name)
+
+
+def color_of(label: Label) -> tuple[int, int, int]:
+    """Return red, green and blue from 0 to 255."""
+    red, green, blue = bytes.fromhex(label.color[1:])
+    return red, green, blue
+
+
+def now() -> tuple[str, str]:
+    """Return date and time as DICOM writes them."""
+    moment = datetime.datetime.now()
+    return moment.strftime("%Y%m%d"), moment.strftime("%H%M%S")
+
+
+def _clean(data: Dataset, part: Slice) -> Dataset:
+    from pydicom import Dataset
+    from pydicom.valuerep import DS
+
+    header = Dataset()
+    header.SpecificCharacterSet = UTF8
+    for name in (*IDENTITY, "Modality", "PositionReferenceIndicator"):
+        setattr(header, name, str(data.get(name) or ""))
+    for name, pattern in PATIENT_AND_STUDY.items():
+        text = str(data.get(name) or "")
+        setattr(header, name, text if re.fullmatch(pattern, text) else "")
+    header.Rows, header.Columns = data.Rows, data.Columns
+    # A slice of a series that was accepted or repaired has a plane.
+    plane = LPS_TO_RAS @ (np.eye(4) if part.plane is None else part.plane)
+    column_step, row_step = np.linalg.norm(plane[:3, :2], axis=0)
+    directions = plane[:3, :2] / (column_step, row_step)
+    thickness = float(data.get("SliceThickness") or 0)
+    for name, values in {
+        "ImagePositionPatient": plane[:3, 3],
+        "ImageOrientationPatient": directions.T.ravel(),
+        "PixelSpacing": (row_step, column_step),
+        "SliceThickness": [thickness if thickness > 0 else part.thickness_mm],
+    }.items():
+        setattr(header, name, [DS(float(value), auto_format=True) for value in values if np.isfinite(value)])
+    return header
+
+
+def _unreferable(what: str, path: Path) -> OutputError:
+    return OutputError(
+        f"{what}, so no DICOM object can refer to it. Save the labels as NIfTI, or export the series again.",
+        path=path,
+        reason="unreferable_source",
+    )

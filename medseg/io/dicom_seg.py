@@ -1,0 +1,268 @@
+"""DICOM Segmentation (SEG) objects, written for the series that labels belong to and read onto its grid.
+
+Source: PS3.3 A.51 and C.8.20; label maps came with Supplement 243.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.errors import GeometryError, InputError, UsageError
+from medseg.io.dicom_geometry import slice_plane
+from medseg.io.dicom_references import (
+    UTF8,
+    Source,
+    check_frame_of_reference,
+    code_of,
+    equipment,
+    headers,
+    located,
+    named,
+    referring,
+)
+from medseg.io.dicom_slice import Slice, parsing
+from medseg.io.files import written_whole
+from medseg.io.regions import Regions, on_grid, regions_of, volume_of
+from medseg.labels import PALETTE, Label, SnomedCode
+from medseg.volume import Affine, Grid, Volume
+
+if TYPE_CHECKING:
+    from highdicom.seg import SegmentDescription
+    from pydicom import Dataset
+
+FRAME_TOLERANCE = 0.1
+"""How far, in voxels, the corners of a frame may lie from voxels of the source."""
+
+Places = dict[int, list[NDArray[np.intp]]]
+
+
+def save_dicom_seg(
+    labels: Volume,
+    path: str | os.PathLike[str],
+    *,
+    source: Source,
+    table: Sequence[Label] = (),
+    labelmap: bool = False,
+    algorithm: str | None = "medseg",
+) -> Path | None:
+    """Write labels as a DICOM SEG that refers to the slices of `source`, and return its path; None if there are none.
+
+    Nothing found is a result and no error: then no file is written, since a SEG cannot be empty. `labels` is a label
+    map, or one mask for each label of the table; it has the voxels of the source, in any order of axes. The encoding is
+    BINARY, one frame for each slice on which a label occurs and labels numbered from 1; or LABELMAP, which is smaller,
+    keeps the values and is young (2023). Labels that overlap are always BINARY. `algorithm` names what made the
+    labels (None: unknown). Raises GeometryError where the grids differ, OutputError (`unreferable_source`) where the
+    source lacks identifiers, and what reading the headers of the source raises.
+    """
+    series, grid = located(source)
+    regions = regions_of(on_grid(labels, grid), table)
+    return write(regions, series.slices, path, labelmap=labelmap, algorithm=algorithm)
+
+
+def write(
+    regions: Regions,
+    slices: Sequence[Slice],
+    path: str | os.PathLike[str],
+    *,
+    labelmap: bool = False,
+    algorithm: str | None = "medseg",
+) -> Path | None:
+    """Write regions, a frame for each of the slices, as `save_dicom_seg` does; the slices may lie anywhere."""
+    from pydicom.uid import RLELossless
+
+    if not regions.labels:
+        return None
+    path = Path(path)
+    if labelmap and regions.frames.ndim == 4:
+        warnings.warn("Labels overlap, which a label map cannot hold: the SEG is binary.", stacklevel=3)
+        labelmap = False
+    sources = headers(slices)
+    with referring(path):
+        segmentation = _segmentation(regions, sources, labelmap, algorithm)
+        if labelmap:
+            # By name, since GDCM ends the process for some sizes of frames (odd numbers of pixels).
+            segmentation.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        with written_whole(path) as beside:
+            segmentation.save_as(beside, enforce_file_format=True)
+    return path
+
+
+def load_dicom_seg(
+    path: str | os.PathLike[str], *, source: Source, threshold: float = 0.5
+) -> tuple[Volume, tuple[Label, ...]]:
+    """Return the labels of a DICOM SEG on the grid of `source`, and their table.
+
+    A label map, or where segments overlap one mask for each label of the table. Values are the numbers of segments.
+    Frames may lie on some slices only, or on part of them, along any axes of the source. Of a FRACTIONAL segmentation,
+    voxels of at least `threshold` belong to a segment. Codes other than SNOMED CT are not kept.
+    Raises UnreadableFile or InputError (`not_seg`) for other files, GeometryError (`source_grid`, `outside_source`,
+    `frame_of_reference`) where the segmentation has other voxels than the source.
+    """
+    from pydicom import dcmread
+
+    if not 0 < threshold <= 1:
+        raise UsageError(f"The threshold is a share of a voxel, above 0 and up to 1; here it is {threshold}.")
+    path = Path(path)
+    series, grid = located(source)
+    with parsing(path):
+        data = dcmread(path)
+        if data.get("Modality") != "SEG" or "SegmentSequence" not in data:
+            raise InputError("Expected a DICOM SEG; this is another object.", path=path, reason="not_seg")
+        check_frame_of_reference(str(data.get("FrameOfReferenceUID", "")), series, path)
+        table = tuple(_label(item) for item in data.SegmentSequence if item.SegmentNumber > 0)
+        places = _places(data, grid, threshold)
+    nowhere = [np.zeros(0, np.intp)]
+    return volume_of(
+        [(label, np.unique(np.concatenate(places.get(label.value, nowhere)))) for label in table], grid
+    ), table
+
+
+def _segmentation(regions: Regions, sources: list[Dataset], labelmap: bool, algorithm: str | None) -> Dataset:
+    from highdicom.seg import Segmentation
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    frames, numbers = regions.frames, [*range(1, len(regions.labels) + 1)]
+    if labelmap:
+        numbers = [label.value for label in regions.labels]
+        frames = np.array([0, *numbers], np.min_scalar_type(max(numbers)))[frames]
+    own = equipment()
+    return Segmentation(
+        source_images=sources,
+        pixel_array=frames,
+        segmentation_type="LABELMAP" if labelmap else "BINARY",
+        segment_descriptions=[
+            _description(number, label, algorithm) for number, label in zip(numbers, regions.labels, strict=True)
+        ],
+        series_instance_uid=generate_uid(),
+        series_number=900,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer=own["Manufacturer"],
+        manufacturer_model_name=own["ManufacturerModelName"],
+        software_versions=own["SoftwareVersions"],
+        device_serial_number=own["DeviceSerialNumber"],
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        content_label="SEGMENTATION",
+        series_description="Segmentation",
+        specific_character_set=UTF8,
+    )
+
+
+def _description(number: int, label: Label, algorithm: str | None) -> SegmentDescription:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.color import CIELabColor
+    from highdicom.seg import SegmentDescription
+    from highdicom.sr import CodedConcept
+    from pydicom.sr.codedict import codes
+
+    return SegmentDescription(
+        segment_number=number,
+        segment_label=named(label.name),
+        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_type=CodedConcept(*code_of(label)),
+        algorithm_type="AUTOMATIC" if algorithm else "SEMIAUTOMATIC",
+        algorithm_identification=AlgorithmIdentificationSequence(
+            name=named(algorithm or "unknown"),
+            family=codes.DCM.ArtificialIntelligence,
+            version=equipment()["SoftwareVersions"] if algorithm else "unknown",
+        ),
+        display_color=CIELabColor.from_string(label.color),
+    )
+
+
+def _label(item: Dataset) -> Label:
+    from highdicom.color import CIELabColor
+
+    number = int(item.SegmentNumber)
+    color = PALETTE[(number - 1) % len(PALETTE)]
+    if item.get("RecommendedDisplayCIELabValue"):
+        color = "#" + bytes(CIELabColor.from_dicom_value(item.RecommendedDisplayCIELabValue).to_rgb(clip=True)).hex()
+    (code,) = item.get("SegmentedPropertyTypeCodeSequence") or [{}]
+    snomed = None
+    if code.get("CodingSchemeDesignator") == "SCT" and code.get("CodeValue"):
+        snomed = SnomedCode(value=str(code.CodeValue), meaning=str(code.get("CodeMeaning", "")))
+    return Label(value=number, name=str(item.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
+
+
+def _places(data: Dataset, grid: Grid, threshold: float) -> Places:
+    """Return for each segment the flat indices into (slices, rows, columns) that its frames cover."""
+    kind = data.SegmentationType
+    places: Places = defaultdict(list)
+    least = max(1, threshold * int(data.MaximumFractionalValue)) if kind == "FRACTIONAL" else 1
+    for groups, pixels in zip(_groups(data), _frames(data), strict=True):
+        row, column = np.nonzero(pixels >= least)
+        if not row.size:
+            continue
+        flat = _flat(column, row, _plane(groups), grid)
+        if kind == "LABELMAP":
+            values = pixels[row, column]
+            for value in np.unique(values).tolist():
+                places[value].append(flat[values == value])
+        else:
+            places[int(groups["SegmentIdentificationSequence"].ReferencedSegmentNumber)].append(flat)
+    return places
+
+
+def _frames(data: Dataset) -> Iterator[NDArray[Any]]:
+    """Yield the stored values (rows, columns) of each frame."""
+    from pydicom.pixels.utils import iter_pixels
+
+    if data.BitsAllocated > 1 or data.file_meta.TransferSyntaxUID.is_encapsulated:
+        yield from iter_pixels(data, raw=True)
+        return
+    # pydicom takes single frames only where they begin with a byte of their own; here they follow bit on bit.
+    packed, size = np.frombuffer(data.PixelData, np.uint8), data.Rows * data.Columns
+    for first in range(0, int(data.NumberOfFrames) * size, size):
+        start, skipped = divmod(first, 8)
+        bits = np.unpackbits(packed[start : (first + size + 7) // 8], bitorder="little")
+        yield bits[skipped : skipped + size].reshape(data.Rows, data.Columns)
+
+
+def _groups(data: Dataset) -> Iterator[dict[str, Dataset]]:
+    """Yield for each frame the first items of its functional groups, its own and shared ones, by keyword."""
+    (shared,) = data.get("SharedFunctionalGroupsSequence") or [[]]
+    for own in data.PerFrameFunctionalGroupsSequence:
+        yield {group.keyword: group.value[0] for group in [*shared, *own] if group.VR == "SQ" and group.value}
+
+
+def _plane(groups: dict[str, Any]) -> Affine:
+    try:
+        plane = slice_plane(
+            groups["PlanePositionSequence"].ImagePositionPatient,
+            groups["PlaneOrientationSequence"].ImageOrientationPatient,
+            groups["PixelMeasuresSequence"].PixelSpacing,
+        )
+    except (KeyError, AttributeError):
+        plane = None
+    if plane is None:
+        raise GeometryError("A frame of the SEG does not say where it lies. Export it again.", reason="no_geometry")
+    return plane
+
+
+def _flat(column: NDArray[np.intp], row: NDArray[np.intp], plane: Affine, grid: Grid) -> NDArray[np.intp]:
+    """Return the flat indices of pixels of a frame; each has to be a voxel of the grid."""
+    to_index = np.linalg.solve(grid.affine, plane)[:3][:, [0, 1, 3]]
+    exact = np.round(to_index).astype(np.intp)
+    corners = np.array([(0, 0, 1), (column.max(), row.max(), 1), (column.max(), row.min(), 1)])
+    steps = np.abs(exact[:, :2])
+    if np.abs(corners @ (to_index - exact).T).max() > FRAME_TOLERANCE or (steps.sum(axis=0) != 1).any():
+        raise GeometryError(
+            "The voxels of the SEG are not those of the source: spacing, direction or position differ. Pass the series "
+            "that it was made for.",
+            reason="source_grid",
+        )
+    i, j, k = exact @ np.stack([column, row, np.ones_like(row)])
+    if min(i.min(), j.min(), k.min()) < 0 or (np.array([i.max(), j.max(), k.max()]) >= grid.shape).any():
+        raise GeometryError(
+            "Part of the SEG lies outside the source. Pass the whole series that it was made for.",
+            reason="outside_source",
+        )
+    return np.asarray((k * grid.shape[1] + j) * grid.shape[0] + i)

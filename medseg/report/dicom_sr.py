@@ -1,0 +1,178 @@
+"""Measurements as a DICOM structured report: TID 1500, "Measurement Report" (PS3.16)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medseg.errors import InputError
+from medseg.io.dicom_references import UTF8, Source, code_of, equipment, headers, located, named, referring
+from medseg.io.dicom_slice import parsing
+from medseg.io.files import written_whole
+from medseg.labels import Label, complete
+from medseg.report.measurements import Measurement
+
+if TYPE_CHECKING:
+    from highdicom.sr import CodedConcept
+    from pydicom import Dataset
+
+
+def save_dicom_sr(
+    measurements: Sequence[Measurement],
+    path: str | os.PathLike[str],
+    *,
+    source: Source,
+    table: Sequence[Label] = (),
+    segmentation: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write what `measure` gave as a DICOM SR (Comprehensive SR, TID 1500) and return its path.
+
+    Each structure gets its volume in ml and, if an image was measured, mean, standard deviation, minimum and maximum,
+    in Hounsfield units for CT and without units else; one that was not found is stated as absent. `table` gives the
+    codes of the labels, as in the SEG. `segmentation` is the SEG of the same labels, whose segments the report then
+    refers to (TID 1411), else the structures stand alone (TID 1501).
+    Raises OutputError (`unreferable_source`) where the source lacks identifiers, InputError (`other_labels`) where the
+    SEG has other labels, and what reading raises.
+    """
+    from highdicom.sr import ComprehensiveSR
+    from pydicom.uid import generate_uid
+
+    path = Path(path)
+    series, _ = located(source)
+    sources = headers(series.slices)
+    segments = None if segmentation is None else _segments(Path(segmentation), measurements)
+    rows = measurements or [Measurement(value=1, name="any label", voxels=0, volume_ml=0.0, centroid_mm=None)]
+    labels = {label.value: label for label in complete(table, [row.value for row in rows])}
+    with referring(path):
+        groups = [_group(row, labels[row.value], series.modality, sources, segments) for row in rows]
+        own = equipment()
+        report = ComprehensiveSR(
+            evidence=[*sources, *([segments] if segments else [])],
+            content=_content(groups),
+            series_instance_uid=generate_uid(),
+            series_number=902,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer=own["Manufacturer"],
+            is_complete=True,
+            series_description="Measurements",
+            manufacturer_model_name=own["ManufacturerModelName"],
+            software_versions=own["SoftwareVersions"],
+            specific_character_set=UTF8,
+        )
+        with written_whole(path) as beside:
+            report.save_as(beside, enforce_file_format=True)
+    return path
+
+
+def _content(groups: Sequence[Any]) -> Dataset:
+    from highdicom.sr import (
+        DeviceObserverIdentifyingAttributes,
+        MeasurementReport,
+        ObservationContext,
+        ObserverContext,
+    )
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import generate_uid
+
+    own = equipment()
+    device = DeviceObserverIdentifyingAttributes(
+        uid=generate_uid(entropy_srcs=[*own.values()]),
+        name=own["Manufacturer"],
+        manufacturer_name=own["Manufacturer"],
+        model_name=own["ManufacturerModelName"],
+    )
+    context = ObservationContext(observer_device_context=ObserverContext(codes.DCM.Device, device))
+    content: Dataset = MeasurementReport(
+        observation_context=context,
+        procedure_reported=codes.SCT.ImagingProcedure,
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )[0]
+    return content
+
+
+def _group(row: Measurement, label: Label, modality: str, sources: Sequence[Dataset], segments: Dataset | None) -> Any:
+    """Return the measurement group of one structure."""
+    from highdicom.sr import (
+        CodedConcept,
+        MeasurementsAndQualitativeEvaluations,
+        QualitativeEvaluation,
+        ReferencedSegment,
+        SourceSeriesForSegmentation,
+        TrackingIdentifier,
+        VolumetricROIMeasurementsAndQualitativeEvaluations,
+    )
+    from pydicom.sr.codedict import codes
+
+    presence = CodedConcept("705057003", "SCT", "Presence")
+    shared: dict[str, Any] = {
+        "tracking_identifier": TrackingIdentifier(identifier=named(row.name)),
+        "finding_type": CodedConcept(*code_of(label)),
+        "measurements": _numbers(row, modality),
+        "qualitative_evaluations": [
+            QualitativeEvaluation(presence, codes.SCT.Present if row.voxels else codes.SCT.Absent)
+        ],
+    }
+    if segments is None or not row.voxels:
+        return MeasurementsAndQualitativeEvaluations(**shared)
+    number = next(int(item.SegmentNumber) for item in segments.SegmentSequence if item.SegmentLabel == named(row.name))
+    segment = ReferencedSegment(
+        segments.SOPClassUID,
+        segments.SOPInstanceUID,
+        number,
+        source_series=SourceSeriesForSegmentation(sources[0].SeriesInstanceUID),
+    )
+    return VolumetricROIMeasurementsAndQualitativeEvaluations(**shared, referenced_segment=segment)
+
+
+def _numbers(row: Measurement, modality: str) -> list[Any]:
+    from highdicom.sr import CodedConcept, Measurement
+    from pydicom.sr.codedict import codes
+
+    milliliter = CodedConcept("ml", "UCUM", "milliliter")
+    name, unit = _intensity(modality)
+    statistics = {
+        codes.SCT.Mean: row.intensity_mean,
+        codes.SCT.StandardDeviation: row.intensity_std,
+        codes.SCT.Minimum: row.intensity_min,
+        codes.SCT.Maximum: row.intensity_max,
+    }
+    return [
+        Measurement(codes.SCT.Volume, row.volume_ml, milliliter),
+        *(
+            Measurement(name, value, unit, derivation=derivation)
+            for derivation, value in statistics.items()
+            if value is not None
+        ),
+    ]
+
+
+def _intensity(modality: str) -> tuple[CodedConcept, CodedConcept]:
+    """Return what the voxels of a modality measure, and in what unit."""
+    from highdicom.sr import CodedConcept
+    from pydicom.sr.codedict import codes
+
+    if modality == "CT":
+        return codes.DCM.AttenuationCoefficient, codes.UCUM.HounsfieldUnit
+    if modality == "MR":
+        return codes.DCM.MRSignalIntensity, codes.UCUM.NoUnits
+    return CodedConcept("intensity", "99MEDSEG", "Voxel intensity"), codes.UCUM.NoUnits
+
+
+def _segments(path: Path, measurements: Sequence[Measurement]) -> Dataset:
+    """Return the header of a SEG that has a segment for every structure that was found."""
+    from pydicom import dcmread
+
+    with parsing(path):
+        data = dcmread(path, stop_before_pixels=True)
+        names = {str(item.SegmentLabel) for item in data.get("SegmentSequence") or []}
+        if not names.issuperset(named(row.name) for row in measurements if row.voxels):
+            raise InputError(
+                "The SEG does not have the labels that were measured. Pass the one written of the same labels.",
+                path=path,
+                reason="other_labels",
+            )
+        return data
