@@ -73,15 +73,28 @@ def _options(
 
 
 @app.command()
-def info(path: Path, as_json: AsJson = False, assume_orientation: Assume = None) -> None:
-    """Show grid, spacing, orientation and intensities of a volume, or the series of a DICOM folder."""
-    from medseg.report.describe import describe
+def info(
+    path: Path,
+    as_json: AsJson = False,
+    assume_orientation: Assume = None,
+    descriptions: Annotated[
+        bool,
+        typer.Option("--descriptions", help="Show the descriptions of series, too: free text that can hold names."),
+    ] = False,
+) -> None:
+    """Show grid, spacing and intensities of a volume, or the series of a DICOM folder, DICOMDIR or .zip with verdicts."""
+    if path.is_dir() or path.name.upper() == "DICOMDIR" or path.suffix.lower() == ".zip":
+        from medseg.study.describe import describe_studies
 
-    facts = describe(path, assume_orientation=assume_orientation)
+        facts = describe_studies(path, descriptions=descriptions)
+    else:
+        from medseg.report.describe import describe
+
+        facts = describe(path, assume_orientation=assume_orientation)
     if as_json:
         _print_json(facts)
     elif "series" in facts:
-        _print_series(facts["series"])
+        _print_series(facts)
     else:
         for name, value in facts.items():
             out.print(f"{name:>14}  {_plain(value)}", markup=False, highlight=False)
@@ -292,16 +305,24 @@ def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     out.print(table, markup=False)
 
 
-def _print_series(series: Sequence[dict[str, Any]]) -> None:
-    columns = ("modality", "description", "slices", "spacing_mm", "orientation")
-    rows = [
-        {"": place, **{column: one.get(column) for column in columns}, "verdict": one["verdict"]}
-        for place, one in enumerate(series, start=1)
-    ]
-    _print_table(f"{len(series)} series", rows)
+def _print_series(facts: dict[str, Any]) -> None:
+    series, problems = facts["series"], facts["problems"]
+    parted = {(one["study"], one["series"]) for one in series if one["part"] > 1}
+    rows = []
+    for one in series:
+        number = f"{one['series']}/{one['part']}" if (one["study"], one["series"]) in parted else one["series"]
+        rows.append({"study": one["study"], "series": number, "kind": one["modality"]})
+        rows[-1] |= {"description": one["description"]} if "description" in one else {}
+        rows[-1] |= {"slices": one["slices"], "matrix": one["matrix"], "spacing_mm": one.get("spacing_mm")}
+        rows[-1] |= {"axes": one.get("orientation"), "tilt": f"{one.get('tilt_deg', 0):.1f}°"}
+        rows[-1] |= {"verdict": one["verdict"] + (f": {one['reason']}" if one["reason"] else "")}
+    studies = len({one["study"] for one in (*series, *problems)})
+    _print_table(f"{studies} {'study' if studies == 1 else 'studies'}, {len(rows)} series", rows)
     for row, one in zip(rows, series, strict=True):
-        if one["refusal"] is not None:
-            out.print(f"{row['']}: {one['refusal']}", markup=False, highlight=False)
+        if one["text"] is not None:
+            out.print(f"study {row['study']}, series {row['series']}: {one['text']}", markup=False, highlight=False)
+    for problem in problems:
+        out.print(f"study {problem['study']}: {problem['text']}", markup=False, highlight=False)
 
 
 def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
@@ -324,7 +345,7 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list):
-        return " x ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
+        return "×".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
     return "" if value is None else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Every stack that is found in real studies is one of those that dcm2niix finds, in place and value, or has a reason."""
+"""Every stack found in real studies is one of those that dcm2niix finds, in place and value, or has a reason."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def by_dcm2niix(folder: Path, out: Path, scale: str) -> list[Volume]:
             continue
         image = nib.load(file)
         array = np.asanyarray(image.dataobj)
-        for frame in np.moveaxis(array[..., None] if array.ndim == 3 else array, 3, 0):
-            volumes.append(Volume(np.ascontiguousarray(frame)[None], Grid(frame.shape, image.affine)))
+        frames = np.moveaxis(array[..., None] if array.ndim == 3 else array, 3, 0)
+        volumes += [Volume(frame[None], Grid(frame.shape, image.affine)) for frame in frames]
     return [volume.reoriented("RAS") for volume in volumes]
 
 

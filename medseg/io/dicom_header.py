@@ -49,7 +49,7 @@ NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
 @dataclass(frozen=True)
 class Header:
-    """The elements of one slice by tag. `frame_is_described` is False for a frame that no functional group describes."""
+    """The elements of one slice by tag. `frame_is_described` is False for frames without functional groups."""
 
     elements: Mapping[int, Any]
     frame_is_described: bool = True
@@ -77,8 +77,8 @@ class Header:
     def _values(self, name: str) -> list[Any]:
         tag, usual = _tag(name)
         element = self.elements.get(tag)
-        value = getattr(element, "value", None)
-        if isinstance(value, bytes):
+        value = None if element is None else element.value
+        if element is not None and isinstance(value, bytes):
             kind = element.VR if element.VR not in {None, "UN"} else usual
             if kind in NUMBERS:
                 return _unpacked(value, NUMBERS[kind], getattr(element, "is_little_endian", True))

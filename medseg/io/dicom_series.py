@@ -88,7 +88,7 @@ def read_series(series: Series) -> Volume:
     """Return the voxels of a series that was found before, as `read` does; its headers are not read again.
 
     Slices with irregular steps are interpolated linearly onto `regular_grid`, in the type of the slices.
-    Raises the refusal of a series that has neither grid, SeriesRefused and UnreadableFile for pixels that cannot be read.
+    Raises the refusal of a series that has neither grid, and what `read` raises for pixels.
     """
     if series.grid is not None:
         return Volume(_voxels(series.slices), series.grid)

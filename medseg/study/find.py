@@ -183,8 +183,8 @@ def _untangled(stack: list[Slice]) -> list[list[Slice]]:
 
 def _overlap(parts: Sequence[Sequence[Slice]]) -> bool:
     """Return whether two of the parts reach over each other along the normal."""
-    normal = parts[0][0].plane[:3, 2]  # type: ignore[index] - slices without a plane have another reason
-    heights = [[part.plane[:3, 3] @ normal for part in stack if part.plane is not None] for stack in parts]
+    planes = [np.array([part.plane for part in stack if part.plane is not None]) for stack in parts]
+    heights = [placed[:, :3, 3] @ planes[0][0, :3, 2] for placed in planes]
     ends = sorted((min(some), max(some)) for some in heights)
     return any(low[1] > high[0] for low, high in pairwise(ends))
 
