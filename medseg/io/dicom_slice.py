@@ -120,6 +120,35 @@ def read_headers(path: Path) -> list[Slice]:
         return [_slice(path, frame, header, description) for frame, header in enumerate(headers)]
 
 
+def read_study_uid(path: Path) -> str | None:
+    """Return the StudyInstanceUID of a DICOM file, "" where it states none; None for DICOMDIR and other files.
+
+    Nothing behind that element is read. Raises UnreadableFile where the file is DICOM and ends before it.
+    """
+    from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
+    from pydicom.uid import MediaStorageDirectoryStorage
+
+    last = _tags()["StudyInstanceUID"]
+    ended = True
+
+    def behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        nonlocal ended
+        ended = tag <= last
+        return not ended
+
+    with _parsing(path), path.open("rb") as file:
+        try:
+            data = read_partial(file, stop_when=behind, specific_tags=[last])
+        except InvalidDicomError:
+            return None
+        if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            return None
+        if ended:
+            raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
+        return str(data.get("StudyInstanceUID") or "")
+
+
 def read_pixels(path: Path, frames: Sequence[int] = (0,)) -> list[Array]:
     """Return the stored values (rows, columns) of frames of a file, unused bits cleared and the sign extended.
 

@@ -47,6 +47,13 @@ def study_facts(study: Study, descriptions: bool = False) -> list[dict[str, Any]
     return rows
 
 
+def series_names(study: Study) -> list[str]:
+    """Return what to call each stack of a study: the number of its series and, where that has parts, its own."""
+    facts = study_facts(study)
+    parted = {one["series"] for one in facts if one["part"] > 1}
+    return [f"{one['series']}/{one['part']}" if one["series"] in parted else one["series"] for one in facts]
+
+
 def _facts(series: Series, part: int, descriptions: bool) -> dict[str, Any]:
     grid = series.grid or series.regular_grid
     facts: dict[str, Any] = {"series": series.number, "part": part, "modality": series.modality}

@@ -32,7 +32,8 @@ LEAST_PART = 3
 class Study:
     """One study: every stack of slices in it, every DICOM file of it, and what could not be read beside them.
 
-    A study with `problems` may lack a slice at its end, where no gap would tell. `uid` is "" for files that state none.
+    A study with `problems` may lack a slice at its end, where no gap would tell. `uid` is "" for files that state
+    none; those of one folder make one study.
     """
 
     uid: str
@@ -51,14 +52,50 @@ def find_studies(path: str | PathLike[str]) -> list[Study]:
     with reading(path):
         Path(path).stat()
     problems: list[MedsegError] = []
+    return read_studies(listed(Path(path), problems), problems)
+
+
+def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) -> list[Study]:
+    """Return the studies that these files belong to, as `find_studies` does; `problems` are those met before."""
+    problems = [*problems]
     found: dict[str, list[Slice]] = {}
-    for file in _warmed(_listed(Path(path), problems)):
+    for file in warmed(files):
         try:
-            for part in read_headers(file):
-                found.setdefault(part.study_uid, []).append(part)
+            parts = read_headers(file)
+            if not parts:
+                check_no_dicom(file)
+            for part in parts:
+                found.setdefault(part.study_uid or str(file.parent), []).append(part)
         except MedsegError as error:
             problems.append(error)
-    return [*_with_problems([_study(uid, slices) for uid, slices in found.items()], problems)]
+    return [*_with_problems([_study(slices) for slices in found.values()], problems)]
+
+
+def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
+    """Return the files to look into at or below a path, sorted; folders that cannot be entered go to `problems`."""
+    if path.is_file():
+        return _of_dicomdir(path, problems) or [path]
+
+    def fail(error: OSError) -> None:
+        text = f"A folder could not be opened: {error.strerror}. Check its permissions."
+        problems.append(UnreadableFile(text, path=error.filename))
+
+    below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
+    return sorted(file for file in below if file.is_file())
+
+
+def warmed(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files in order, each after its head was fetched by another thread."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(_fetch, files)
+
+
+def check_no_dicom(file: Path) -> None:
+    """Raise UnreadableFile where a file that is no DICOM says by its name that it should be one."""
+    if file.suffix.lower() == ".dcm" and not file.name.startswith("."):
+        raise UnreadableFile(
+            "A file is called .dcm and is empty, damaged or no DICOM. Copy or export it again.", path=file
+        )
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -79,12 +116,12 @@ def split(slices: Sequence[Slice]) -> list[list[Slice]]:
     return [piece for stack in stacks for piece in _untangled(stack)]
 
 
-def _study(uid: str, slices: Sequence[Slice]) -> Study:
+def _study(slices: Sequence[Slice]) -> Study:
     series: dict[tuple[str, Path | None], list[Slice]] = {}
     for part in slices:
         series.setdefault((part.series_uid, None if part.series_uid else part.path.parent), []).append(part)
     stacks = [make_series(stack) for parts in series.values() for stack in split(parts)]
-    return Study(uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))
+    return Study(slices[0].study_uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))
 
 
 def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) -> Iterator[Study]:
@@ -101,19 +138,6 @@ def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) ->
         yield replace(study, problems=tuple(its))
     for error in homeless:
         yield Study("", (), (error.path,) if error.path else (), (error,))
-
-
-def _listed(path: Path, problems: list[MedsegError]) -> list[Path]:
-    """Return the files to look into; folders that cannot be entered go to `problems`."""
-    if path.is_file():
-        return _of_dicomdir(path, problems) or [path]
-
-    def fail(error: OSError) -> None:
-        text = f"A folder could not be opened: {error.strerror}. Check its permissions."
-        problems.append(UnreadableFile(text, path=error.filename))
-
-    below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
-    return sorted(file for file in below if file.is_file())
 
 
 def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
@@ -137,12 +161,6 @@ def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
         else:
             problems.append(UnreadableFile("A file that the DICOMDIR names is missing.", path=file, reason="missing"))
     return files
-
-
-def _warmed(files: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files in order, each after its head was fetched by another thread."""
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(_fetch, files)
 
 
 def _fetch(file: Path) -> Path:
