@@ -39,9 +39,9 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
         def show(now: BatchProgress) -> None:
             fresh = sum(not outcome.kept for outcome in now.outcomes)
             left = now.total - sum(now.ended.values())
-            clock = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
+            remaining = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
             counts = "  ".join(f"{now.ended[status]} {status}" for status in ("done", "refused", "failed"))
-            table = Table(title=f"{now.total} studies: {counts}  {left} to do, {clock} left", title_justify="left")
+            table = Table(title=f"{now.total} studies: {counts}  {left} to do, {remaining} left", title_justify="left")
             for column in ("process", "study", "stage", "seconds"):
                 table.add_column(column)
             for pid, study, path, stage, seconds in now.running:
@@ -166,9 +166,9 @@ def clock(seconds: float) -> str:
 def show_outcomes(outcomes: Sequence[Outcome], *, show_paths: bool, as_json: bool) -> None:
     """Show how the studies of a batch ended: all of them as JSON, else those that are not done, and how many are."""
     if as_json:
-        rows = [{"study": one.study, "status": one.status, "reason": one.reason, "text": one.text} for one in outcomes]
-        paths = [{"path": str(one.path)} if show_paths else {} for one in outcomes]
-        print_json([row | path for row, path in zip(rows, paths, strict=True)])
+        names = ("study", "status", "reason", "text", *(["path"] if show_paths else []))
+        rows = [{name: getattr(one, name) for name in names} for one in outcomes]
+        print_json([row | ({"path": str(row["path"])} if show_paths else {}) for row in rows])
         return
     for one in outcomes:
         if one.status != "done":

@@ -22,7 +22,10 @@ LARGEST_FILE = 1_000_000
 
 
 def _compiles(text: str) -> str:
-    re.compile(text)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError("this is no regular expression") from error
     return text
 
 
