@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from medseg.model.segmenter import Model
     from medseg.model.soft import SoftMaps
     from medseg.report.metrics import evaluate_folder
+    from medseg.study.batch import run_batch
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate
     from medseg.train.fingerprint import fingerprint
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "make_plan",
     "read_dataset",
+    "run_batch",
     "save",
     "train_model",
 ]
@@ -51,6 +53,7 @@ _HOME = {
     "load": "io",
     "make_plan": "train.planner",
     "read_dataset": "train.dataset",
+    "run_batch": "study.batch",
     "save": "io",
     "train_model": "train.loop",
 }

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import medseg
+from medseg.cli_show import (
+    batch_table,
+    clock,
+    err,
+    out,
+    plain,
+    print_error,
+    print_json,
+    print_measurements,
+    print_series,
+    print_table,
+    progress,
+    show_outcomes,
+    show_scores,
+    tiles,
+)
 from medseg.errors import MedsegError, UsageError
 
 if TYPE_CHECKING:
-    from medseg.report.measurements import Measurement
-    from medseg.report.metrics import Scores
     from medseg.train.loop import TrainProgress
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -33,9 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; by default the fastest there is.")]
 Assume = Annotated[
@@ -62,7 +67,7 @@ def main() -> None:
     try:
         app()
     except MedsegError as error:
-        _print_error(error, error.path)
+        print_error(error, error.path)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
 
 
@@ -82,18 +87,31 @@ def _options(
 
 
 @app.command()
-def info(path: Path, as_json: AsJson = False, assume_orientation: Assume = None) -> None:
-    """Show grid, spacing, orientation and intensities of a volume, or the series of a DICOM folder."""
-    from medseg.report.describe import describe
+def info(
+    path: Path,
+    as_json: AsJson = False,
+    assume_orientation: Assume = None,
+    descriptions: Annotated[
+        bool,
+        typer.Option("--descriptions", help="Show the descriptions of series, too: free text that can hold names."),
+    ] = False,
+) -> None:
+    """Show grid, spacing and intensities of a volume, or the series of a DICOM folder, DICOMDIR or .zip."""
+    if path.is_dir() or path.name.upper() == "DICOMDIR" or path.suffix.lower() == ".zip":
+        from medseg.study.describe import describe_studies
 
-    facts = describe(path, assume_orientation=assume_orientation)
+        facts = describe_studies(path, descriptions=descriptions)
+    else:
+        from medseg.report.describe import describe
+
+        facts = describe(path, assume_orientation=assume_orientation)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     elif "series" in facts:
-        _print_series(facts["series"])
+        print_series(facts)
     else:
         for name, value in facts.items():
-            out.print(f"{name:>14}  {_plain(value)}", markup=False, highlight=False)
+            out.print(f"{name:>14}  {plain(value)}", markup=False, highlight=False)
 
 
 @app.command()
@@ -145,24 +163,24 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     extras = (probabilities, uncertainty, expected_volumes)
     options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras)
     outcomes: list[Outcome]
-    with _progress() as show:
+    with progress() as show:
         first = channels[0]
         if len(channels) == 1 and first.is_dir() and volume_files(first):
-            outcomes = list(segment_folder(loaded, first, target, options, progress=_tiles(show)))
+            outcomes = list(segment_folder(loaded, first, target, options, progress=tiles(show)))
         else:
             scan = first if len(channels) == 1 else channels
-            outcomes = [segment_file(loaded, scan, target, options, progress=_tiles(show))]
+            outcomes = [segment_file(loaded, scan, target, options, progress=tiles(show))]
     content = [outcome.to_dict() for outcome in outcomes]
     if report is not None:
         with written_whole(report) as beside:
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if as_json:
-        _print_json(content)
+        print_json(content)
     for outcome in outcomes:
         if outcome.error is not None:
-            _print_error(outcome.error, outcome.source)
+            print_error(outcome.error, outcome.source)
         elif not as_json:
-            _print_measurements(str(outcome.target), outcome.measurements)
+            print_measurements(str(outcome.target), outcome.measurements)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
 
@@ -183,19 +201,19 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     """Train a model; started again, it goes on where it was. A plan.json that is in the folder already is followed."""
     from medseg.train.loop import train_dataset
 
-    with _progress() as show:
+    with progress() as show:
 
         def report(now: TrainProgress) -> None:
             detail = ""
             if now.stage == "train":
-                left = _clock(now.seconds_left)
+                left = clock(now.seconds_left)
                 detail = f"step {now.step}  loss {now.loss:.3f}  {now.steps_per_s:.2f} steps/s  {left} left"
             show(now.stage, now.done, detail)
 
         scores = train_dataset(
             dataset, model, budget=budget, fold=fold, folds=folds, start=start, device=device, progress=report
         )
-    _show_scores(scores, f"Fold {fold}, validation cases", as_json=as_json)
+    show_scores(scores, f"Fold {fold}, validation cases", as_json=as_json)
 
 
 @app.command()
@@ -213,7 +231,7 @@ def evaluate(
         from medseg.train.dataset import read_dataset
         from medseg.train.evaluate import evaluate as evaluate_model
 
-        with _progress() as show:
+        with progress() as show:
             scores = evaluate_model(
                 Model.load(predictions, device=device),
                 read_dataset(references),
@@ -228,10 +246,79 @@ def evaluate(
         from medseg.report.metrics import write_scores_csv
 
         write_scores_csv(scores, csv)
-    _show_scores(scores, "Scores", as_json=as_json)
+    show_scores(scores, "Scores", as_json=as_json)
     for case in scores.failed:
         err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", markup=False, style="red")
     if scores.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+pipelines = typer.Typer(
+    help="Pipelines: which series, which model, which clean-up, which outputs.", no_args_is_help=True
+)
+app.add_typer(pipelines, name="pipeline")
+
+
+@pipelines.command()
+def check(
+    pipeline: Annotated[str, typer.Argument(help="A YAML file, or the name of a pipeline that medseg ships.")],
+    study: Annotated[
+        Path | None, typer.Argument(help="A study (folder, DICOMDIR or .zip) to show the choice of series for.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a pipeline can run here and, with a study, show which series it would take, and why not the others."""
+    from medseg.study.check import check_pipeline, explain
+    from medseg.study.pipeline import load_pipeline
+
+    chosen = load_pipeline(pipeline)
+    check_pipeline(chosen)
+    explained = [] if study is None else explain(chosen, study)
+    if as_json:
+        print_json({"pipeline": chosen.model_dump(mode="json", exclude={"model"}), "studies": explained})
+    else:
+        out.print(f"{chosen.name}: the pipeline can run", markup=False, highlight=False)
+        for one in explained:
+            rows = [{"channel": row["channel"], "series": row["series"], "": row["reason"]} for row in one["choices"]]
+            print_table(f"Study {one['study']}", rows)
+            if one["refusal"]:
+                out.print(one["refusal"]["text"], markup=False, highlight=False)
+    if any(one["refusal"] for one in explained):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
+    pipeline: Annotated[str, typer.Argument(help="A YAML file, or the name of a pipeline that medseg ships.")],
+    studies: Annotated[Path, typer.Argument(help="The folder below which the studies lie, in folders or .zip files.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the results.")],
+    workers: Annotated[int, typer.Option(help="Processes on this machine, each with a network of its own.", min=1)] = 1,
+    shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts, for job arrays.")] = None,
+    verify: Annotated[
+        str, typer.Option(help="quick: sizes and times of inputs, hashes of outputs; full: hashes of inputs, too.")
+    ] = "quick",
+    show_paths: Annotated[
+        bool, typer.Option("--show-paths", help="Show folders, which may be called after patients, beside the hashes.")
+    ] = False,
+    device: Device = None,
+    runtime: Annotated[str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each network.", min=1)] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline over all studies of a folder. Started again, it keeps what is done and true, and does the rest."""
+    from medseg.study.batch import Options, run_batch
+
+    if verify not in {"quick", "full"}:
+        raise UsageError(f"A batch verifies quick or full, not {verify!r}.")
+    options = Options(
+        workers=workers, shard=_shard(shard), verify="full" if verify == "full" else "quick",
+        device=device, runtime=runtime, precision=precision, threads=threads,
+    )  # fmt: skip
+    with batch_table(show_paths) as show:
+        outcomes = run_batch(pipeline, studies, target, options, progress=show)
+    show_outcomes(outcomes, show_paths=show_paths, as_json=as_json)
+    if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -243,7 +330,7 @@ def demo(
     from medseg.demo import run_demo
 
     measurements = run_demo(folder, progress=lambda text: err.print(text, highlight=False))
-    _print_measurements("Hippocampi of the ICBM152 template", measurements)
+    print_measurements("Hippocampi of the ICBM152 template", measurements)
     out.print(
         f"Look at {folder / 'overlay.png'}; the labels are {folder / 'labels.nii.gz'}.", highlight=False, soft_wrap=True
     )
@@ -261,103 +348,10 @@ def _box(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None
     return numbers[:3], numbers[3:]
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float, str], None]]:
-    """Give a function (stage, share done, detail) that moves a bar on standard error, if that is a terminal."""
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal) as bar:
-        stages: dict[str, TaskID] = {}
-
-        def show(stage: str, done: float, detail: str) -> None:
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=1.0, detail="")
-            bar.update(stages[stage], completed=done, detail=detail)
-
-        yield show
-
-
-def _tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], None]:
-    began: dict[str, float] = {}
-
-    def report(name: str, done: int, total: int) -> None:
-        seconds = time.monotonic() - began.setdefault(name, time.monotonic())
-        speed = (done - 1) / seconds if seconds else math.nan
-        left = _clock((total - done) / speed) if done > 1 else "?"
-        show(name, done / total, f"tile {done} of {total}  {speed:.1f}/s  {left} left" if done > 1 else "")
-
-    return report
-
-
-def _print_error(error: MedsegError, path: object) -> None:
-    place = "" if path is None else f"{path}: "
-    err.print(f"medseg: {place}{error}", markup=False, highlight=False, style="red", soft_wrap=True)
-
-
-def _print_json(content: object) -> None:
-    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(_plain(row.get(column, "")) for column in columns))
-    out.print(table, markup=False)
-
-
-def _print_series(series: Sequence[dict[str, Any]]) -> None:
-    columns = ("modality", "description", "slices", "spacing_mm", "orientation")
-    rows = [
-        {"": place, **{column: one.get(column) for column in columns}, "verdict": one["verdict"]}
-        for place, one in enumerate(series, start=1)
-    ]
-    _print_table(f"{len(series)} series", rows)
-    for row, one in zip(rows, series, strict=True):
-        if one["refusal"] is not None:
-            out.print(f"{row['']}: {one['refusal']}", markup=False, highlight=False)
-
-
-def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
-    rows = [{"label": row.value, "name": row.name, "volume_ml": row.volume_ml} for row in measurements]
-    if any(row.expected_volume_ml is not None for row in measurements):
-        for line, row in zip(rows, measurements, strict=True):
-            line["expected_volume_ml"] = row.expected_volume_ml
-    _print_table(title, rows)
-
-
-def _show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
-    content = scores.to_dict()
-    if as_json:
-        _print_json(content)
-        return
-    keys = ("dice", "precision", "recall", "surface_dice", "hd95_mm", "mean_surface_mm", "volume_difference_ml")
-    rows = [{"label": row["name"], **{key: row[key] for key in keys}} for row in content["labels"]]
-    for row, label in zip(rows, content["labels"], strict=True):
-        if label["dice_low"] is not None:
-            row["dice"] = f"{label['dice']:.3f} ({label['dice_low']:.3f} to {label['dice_high']:.3f})"
-    _print_table(
-        f"{title}: {len(scores.cases)} cases", [*rows, {"label": "mean", **{key: content["mean"][key] for key in keys}}]
-    )
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if isinstance(value, list):
-        return " x ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
-    return "" if value is None else str(value)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, _, count = text.partition("/")
+    if not (part.isdigit() and count.isdigit()):
+        raise UsageError(f"A shard is i/n, such as 2/8; not {text!r}.")
+    return int(part), int(count)

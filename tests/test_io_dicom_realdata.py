@@ -12,7 +12,7 @@ from dicom_files import assert_every_pixel_in_place
 
 from medseg.errors import SeriesRefused
 from medseg.io.dicom_series import find_series, read
-from medseg.io.dicom_slice import read_header, read_pixels
+from medseg.io.dicom_slice import read_headers, read_pixels
 from medseg.volume import Grid, Volume
 
 pytestmark = pytest.mark.realdata
@@ -37,6 +37,7 @@ AGREED = [
     f"{GEOMETRY}/vendors/anatomical/001",
     f"{GEOMETRY}/vendors/ge/anatomical/001",
     f"{GEOMETRY}/vendors/generic/anatomical/001",
+    "dicom/seg/dcmqi/23x38x3/multiframe",
     f"{GEOMETRY}/vendors/generic/compressed/001",
     f"{GEOMETRY}/vendors/generic/compressed_j2k/001",
     f"{GEOMETRY}/vendors/siemens/anatomical/001",
@@ -57,16 +58,14 @@ REFUSED = {
     f"{GEOMETRY}/irregular/sliceincrement/001": ("missing_slice", r"1 of 5 slices .* 5\.00 mm apart, but 10\.00 mm"),
     f"{GEOMETRY}/irregular/sliceincrement/002": ("missing_slice", r"1 of 5 slices .* 0\.75 mm apart, but 1\.50 mm"),
     f"{GEOMETRY}/mr_12bit/In": ("mosaic", "mosaic"),
-    f"{GEOMETRY}/mr_enhanced_multiframe/In/Philips": ("multi_frame", "several frames"),
-    f"{GEOMETRY}/mr_enhanced_multiframe/In/Siemens": ("multi_frame", "several frames"),
+    f"{GEOMETRY}/mr_enhanced_multiframe/In/Philips": ("duplicate_positions", r"ImageType .*, EchoTime"),
+    f"{GEOMETRY}/mr_enhanced_multiframe/In/Siemens": ("duplicate_positions", "AcquisitionNumber"),
     f"{GEOMETRY}/vendors/ge/anatomical/001_single_slice": ("single_slice", "one slice"),
     f"{GEOMETRY}/vendors/generic/rgb": ("color", "color picture"),
-    f"{GEOMETRY}/vendors/philips_enhanced/anatomical": ("multi_frame", "several frames"),
-    f"{GEOMETRY}/vendors/philips_enhanced/dti": ("multi_frame", "several frames"),
-    f"{GEOMETRY}/vendors/philips_enhanced/fmri": ("multi_frame", "several frames"),
+    f"{GEOMETRY}/vendors/philips_enhanced/dti": ("duplicate_positions", "DiffusionBValue"),
+    f"{GEOMETRY}/vendors/philips_enhanced/fmri": ("duplicate_positions", "TemporalPositionIdentifier"),
     "dicom/rtstruct/STS_002/CT/mask": ("not_an_image", "no scan"),
     "dicom/seg/dcmqi/23x38x3/seg": ("not_an_image", "no scan"),
-    "dicom/seg/dcmqi/23x38x3/multiframe": ("multi_frame", "several frames"),
     "dicom/brain_mr_study": ("several_series", "found 3, of which 3 can be read"),
     PROSTATE: ("several_series", "found 5, of which 5 can be read"),
 }
@@ -125,10 +124,10 @@ def test_tilted_stack_is_a_sheared_grid(realdata: Path) -> None:
 )
 def test_twelve_bits_of_sixteen(realdata: Path, name: str, reference: int) -> None:
     folder = realdata / GEOMETRY / "mr_12bit"
-    header = read_header(folder / "In" / f"{name}.dcm")
-    assert header is not None
+    path = folder / "In" / f"{name}.dcm"
+    assert [part.frame for part in read_headers(path)] == [0]
     # A mosaic of 6 x 6 tiles of 64 x 64 pixels; the reference numbers rows upwards.
-    tiles = read_pixels(header).reshape(6, 64, 6, 64).swapaxes(1, 2).reshape(36, 64, 64)
+    tiles = read_pixels(path)[0].reshape(6, 64, 6, 64).swapaxes(1, 2).reshape(36, 64, 64)
     expected = np.asanyarray(nib.load(folder / "Ref" / f"{reference}.nii").dataobj)
     np.testing.assert_array_equal(tiles[:35, ::-1].transpose(2, 1, 0), expected)
 

@@ -22,6 +22,9 @@ Positions written with two decimals stray from the line by up to 0.01 mm on each
 write more decimals stray by less than 0.001 mm. Where slices are closer than 0.2 mm, a tenth of their step is allowed.
 """
 
+LARGEST_GAP_MM = 5.0
+"""Irregular steps up to this length may be interpolated onto a regular grid; across a wider one nothing is invented."""
+
 SAME_POSITION_MM = 1e-3
 """Slices closer than this along the normal count as one position."""
 
@@ -82,6 +85,32 @@ def stack_affine(planes: NDArray[np.float64], thickness_mm: float) -> Affine:
     return affine
 
 
+def regular_stack(planes: NDArray[np.float64], shape: tuple[int, int]) -> tuple[Affine, int] | None:
+    """Return the affine and number of evenly spaced slices that stand for ordered planes with irregular steps.
+
+    They reach exactly from the first position to the last, about as close as the closest planes, but no closer than
+    half the usual step. None where that would guess: planes that are not parallel, that repeat, that stray from one
+    line or have a step above LARGEST_GAP_MM, and stacks from which slices are missing.
+    """
+    problem = stack_problem(planes, shape, 1.0)
+    positions = planes[:, :3, 3]
+    way = positions[-1] - positions[0]
+    length_mm = float(np.linalg.norm(way))
+    if problem is None or problem.reason != "irregular_spacing" or length_mm == 0:
+        return None
+    along_mm = (positions - positions[0]) @ way / length_mm
+    astray_mm = np.linalg.norm(positions - positions[0] - np.outer(along_mm, way) / length_mm, axis=1).max()
+    steps_mm = np.diff(along_mm)
+    tilt = _tilt_problem(float(planes[0, :3, 2] @ way), length_mm)
+    if astray_mm > POSITION_TOLERANCE_MM or tilt or steps_mm.max() > LARGEST_GAP_MM:
+        return None
+    step_mm = max(float(steps_mm.min()), float(np.median(steps_mm)) / 2)
+    count = round(length_mm / step_mm) + 1
+    affine: Affine = planes[0].copy()
+    affine[:3, 2] = way / (count - 1)
+    return affine, count
+
+
 def stack_problem(planes: NDArray[np.float64], shape: tuple[int, int], thickness_mm: float) -> Problem | None:
     """Return why the ordered planes (n, 4, 4) of `shape` (columns, rows) are no stack, or None where they are one."""
     if len(planes) > 1:
@@ -92,6 +121,29 @@ def stack_problem(planes: NDArray[np.float64], shape: tuple[int, int], thickness
         "single_slice",
         "The series is one slice, and neither SpacingBetweenSlices nor SliceThickness says how thick it is.",
     )
+
+
+def parallel(first: Affine, other: Affine, shape: tuple[int, int]) -> bool:
+    """Return whether two slices of `shape` (columns, rows) have one orientation and pixel spacing, to the tolerance."""
+    return _plane_problem(np.stack([first, other]), shape) is None
+
+
+def stack_measures(planes: NDArray[np.float64]) -> dict[str, float]:
+    """Return what was measured on ordered planes (n, 4, 4): steps, tilt and shear.
+
+    `step_min_mm` and `step_max_mm` are distances along the normal. `tilt_deg` is the angle between the normal and the
+    way from the first slice to the last, `shear_mm` how far that way leads aside. Tags of a gantry's tilt have no say.
+    """
+    way = planes[-1, :3, 3] - planes[0, :3, 3]
+    normal = planes[0, :3, 2]
+    steps_mm = np.diff(planes[:, :3, 3] @ normal)
+    aside_mm = float(np.linalg.norm(way - (way @ normal) * normal))
+    return {
+        "step_min_mm": float(steps_mm.min()),
+        "step_max_mm": float(steps_mm.max()),
+        "tilt_deg": float(np.degrees(np.arctan2(aside_mm, abs(way @ normal)))),
+        "shear_mm": aside_mm,
+    }
 
 
 def _plane_problem(planes: NDArray[np.float64], shape: tuple[int, int]) -> Problem | None:
@@ -140,7 +192,7 @@ def _position_problem(planes: NDArray[np.float64]) -> Problem | None:
         "irregular_spacing",
         f"The slices are not equally spaced: they lie {steps_mm.min():.2f} to {steps_mm.max():.2f} mm apart, and one "
         f"lies {off_mm:.2f} mm from where equal steps would put it ({allowed_mm:.2g} mm is allowed). "
-        "Pass an equally spaced part of them.",
+        f"Pass an equally spaced part of them; a pipeline interpolates steps of up to {LARGEST_GAP_MM:g} mm.",
     )
 
 

@@ -1,4 +1,4 @@
-"""DICOM series: folders of single-frame CT, MR and PET slices, ordered by their positions in the patient.
+"""DICOM series: folders of CT, MR and PET slices or frames, ordered by their positions in the patient.
 
 `find_series` reads headers only and gives a verdict on every series; `read` reads the pixels of one. Whatever cannot be
 placed and scaled right is refused with its reason.
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
-from medseg.io.dicom_geometry import Problem, order_along_normal, stack_affine, stack_problem
-from medseg.io.dicom_slice import VARIANTS, Slice, read_header, read_pixels
+from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
+from medseg.io.dicom_slice import VARIANTS, Slice, read_headers, read_pixels
 from medseg.io.files import reading
 from medseg.volume import Array, Grid, Volume
 
@@ -27,21 +27,35 @@ NO_SCANS = frozenset({"localizer", "not_an_image", "color"})
 class Series:
     """The slices of one SeriesInstanceUID, ordered along their normal, localizers left out.
 
-    Either `grid` says where the voxels lie, or `refusal` says why the series cannot be read.
+    Either `grid` says where the voxels lie, or `refusal` says why the series cannot be read as it is. `regular_grid` is
+    what slices with irregular steps can be interpolated onto, where that can be answered for. `thickness_mm` is NaN
+    where the header does not state it.
     """
 
+    study_uid: str
     uid: str
+    number: str
     frame_of_reference_uid: str
     modality: str
     description: str
+    contrast: bool
+    thickness_mm: float
     slices: tuple[Slice, ...]
     grid: Grid | None
     refusal: SeriesRefused | None
+    regular_grid: Grid | None = None
 
     @property
     def n_slices(self) -> int:
         """How many slices there are."""
         return len(self.slices)
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of the series: "accepted", "repaired" (interpolated onto `regular_grid`) or "refused"."""
+        if self.grid is not None:
+            return "accepted"
+        return "refused" if self.regular_grid is None else "repaired"
 
 
 def find_series(folder: str | os.PathLike[str]) -> list[Series]:
@@ -53,10 +67,9 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     """
     groups: dict[tuple[str, Path | None], list[Slice]] = {}
     for path in _files(Path(folder)):
-        header = read_header(path)
-        if header is not None:
-            groups.setdefault((header.series_uid, None if header.series_uid else path.parent), []).append(header)
-    return [_series(slices) for slices in groups.values()]
+        for part in read_headers(path):
+            groups.setdefault((part.series_uid, None if part.series_uid else path.parent), []).append(part)
+    return [make_series(slices) for slices in groups.values()]
 
 
 def choose(folder: str | os.PathLike[str], series_uid: str | None = None) -> tuple[Series, Grid]:
@@ -101,6 +114,19 @@ def read(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> Vo
     return Volume(_voxels(series.slices), grid)
 
 
+def read_series(series: Series) -> Volume:
+    """Return the voxels of a series that was found before, as `read` does; its headers are not read again.
+
+    Slices with irregular steps are interpolated linearly onto `regular_grid`, in the type of the slices.
+    Raises the refusal of a series that has neither grid, and what `read` raises for pixels.
+    """
+    if series.grid is not None:
+        return Volume(_voxels(series.slices), series.grid)
+    if series.regular_grid is None:
+        raise series.refusal or SeriesRefused("The series has no slices.")
+    return Volume(_interpolated(_voxels(series.slices), series.slices, series.regular_grid), series.regular_grid)
+
+
 def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
     """Return the FrameOfReferenceUID of the series that `read` would read; "" where the series states none.
 
@@ -121,7 +147,8 @@ def _fail(error: OSError) -> None:
     raise error
 
 
-def _series(slices: Sequence[Slice]) -> Series:
+def make_series(slices: Sequence[Slice]) -> Series:
+    """Return slices, in any order, as one series with its verdict; localizers among other slices are left out."""
     slices = [part for part in slices if not part.is_localizer] or slices
     planes = np.array([part.plane for part in slices if part.plane is not None])
     if len(planes) == len(slices):
@@ -129,20 +156,27 @@ def _series(slices: Sequence[Slice]) -> Series:
         slices, planes = [slices[n] for n in order], planes[order]
     first = slices[0]
     problem = _content_problem(slices) or stack_problem(planes, first.shape, first.thickness_mm)
-    refusal = grid = None
+    refusal = grid = regular_grid = None
     if problem is None:
         grid = Grid((*first.shape, len(slices)), stack_affine(planes, first.thickness_mm))
     else:
         hint = f" {_difference(slices)}" if problem.reason == "duplicate_positions" else ""
         refusal = SeriesRefused(f"{problem.text}{hint}", path=first.path.parent, reason=problem.reason)
+        if problem.reason == "irregular_spacing" and (regular := regular_stack(planes, first.shape)):
+            regular_grid = Grid((*first.shape, regular[1]), regular[0])
     return Series(
+        study_uid=first.study_uid,
         uid=first.series_uid,
+        number=first.series_number,
         frame_of_reference_uid=first.frame_of_reference_uid,
         modality=first.modality,
         description=first.description,
+        contrast=any(part.contrast for part in slices),
+        thickness_mm=first.thickness_mm,
         slices=tuple(slices),
         grid=grid,
         refusal=refusal,
+        regular_grid=regular_grid,
     )
 
 
@@ -153,7 +187,7 @@ def _content_problem(slices: Sequence[Slice]) -> Problem | None:
     own = next((part.problem for part in slices if part.problem), None)
     if own:
         return own
-    instances = [part.sop_instance_uid for part in slices if part.sop_instance_uid]
+    instances = [(part.sop_instance_uid, part.frame) for part in slices if part.sop_instance_uid]
     copies = len(instances) - len(set(instances))
     if copies:
         return Problem(
@@ -180,13 +214,34 @@ def _difference(slices: Sequence[Slice]) -> str:
 
 def _voxels(slices: Sequence[Slice]) -> Array:
     """Return the rescaled voxels (1, columns, rows, slices); in memory k varies slowest, as NIfTI stores it."""
-    stored = [read_pixels(part) for part in slices]
+    stored = _stored(slices)
     dtype = _dtype(slices, stored)
     exact = np.int64 if dtype.kind == "i" else np.float64
     voxels = np.empty((len(slices), *stored[0].shape), dtype)
     for k, (part, values) in enumerate(zip(slices, stored, strict=True)):
         voxels[k] = values.astype(exact) * exact(part.slope) + exact(part.intercept)
     return voxels.transpose(2, 1, 0)[None]
+
+
+def _stored(slices: Sequence[Slice]) -> list[Array]:
+    """Return the stored values of the slices; a file with many of them is read once."""
+    frames: dict[Path, list[int]] = {}
+    for part in slices:
+        frames.setdefault(part.path, []).append(part.frame)
+    read = {path: dict(zip(wanted, read_pixels(path, wanted), strict=True)) for path, wanted in frames.items()}
+    return [read[part.path][part.frame] for part in slices]
+
+
+def _interpolated(voxels: Array, slices: Sequence[Slice], grid: Grid) -> Array:
+    """Return voxels (1, I, J, K) of irregular slices at the slices of `grid`: linear, whole numbers stay whole."""
+    at = grid.to_index(np.array([part.plane[:3, 3] for part in slices if part.plane is not None]))[:, 2]
+    result = np.empty((*voxels.shape[:3], grid.shape[2]), voxels.dtype, order="F")
+    for k in range(grid.shape[2]):
+        behind = int(np.clip(np.searchsorted(at, k), 1, len(at) - 1))
+        share = min(1.0, max(0.0, (k - at[behind - 1]) / (at[behind] - at[behind - 1])))
+        mixed = (1 - share) * voxels[..., behind - 1] + share * voxels[..., behind]
+        result[..., k] = mixed if voxels.dtype.kind == "f" else np.rint(mixed)
+    return result
 
 
 def _dtype(slices: Sequence[Slice], stored: Sequence[Array]) -> np.dtype[np.generic]:

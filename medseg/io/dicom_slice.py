@@ -1,4 +1,4 @@
-"""One DICOM file with one slice: what its header says, what forbids to read it, and its pixels."""
+"""Slices of DICOM files: what the header of each says, what forbids to read it, and its pixels."""
 
 from __future__ import annotations
 
@@ -6,54 +6,60 @@ import logging
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medseg.errors import SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
+from medseg.io.dicom_header import Header, frame_headers
 from medseg.io.files import reading
 from medseg.volume import Affine, Array
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.tag import BaseTag
 
 VARIANTS = (
     "ImageType",
-    "InversionTime",
+    "EchoNumbers",
     "EchoTime",
-    "TriggerTime",
+    "InversionTime",
     "DiffusionBValue",
-    "AcquisitionNumber",
+    "DiffusionGradientOrientation",
     "TemporalPositionIdentifier",
+    "TriggerTime",
+    "StackID",
+    "AcquisitionNumber",
+    "AcquisitionTime",
 )
-"""What may tell apart several stacks in one series."""
+"""What may tell apart several stacks in one series, the most telling first."""
 
 HEADER_TAGS = (
-    *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "SeriesDescription", *VARIANTS),
+    *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("Modality", "SeriesNumber", "SeriesDescription", "ContrastBolusAgent", *VARIANTS),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
-    *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence"),
+    *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "HighBit"),
-    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SpecificCharacterSet"),
 )
 
-LARGEST_NUMBER = 1e12
-"""No length, count or slope reaches it, and no computation with smaller ones overflows."""
+NO_IMAGES = frozenset({"SEG", "RTDOSE"})
+"""Modalities whose objects have pixels and are no scan."""
 
-CODECS = "python-gdcm (JPEG, JPEG-LS, JPEG 2000) or pylibjpeg with pylibjpeg-openjpeg (JPEG 2000)"
+CODECS = 'the decoders with: pip install "medseg[codecs]"'
 
 REFUSALS = {
     "not_an_image": "The files hold no scan but a segmentation, contours, a dose, a report or the like.",
-    "multi_frame": "A file holds several frames (enhanced DICOM); only files of one slice each can be read.",
+    "multi_frame": "A file holds several frames and does not say where each of them lies. Export the original series.",
     "mosaic": "Each file is a Siemens mosaic, many slices tiled into one picture. Convert the series to NIfTI first.",
     "color": "Expected gray values (MONOCHROME2), found a color picture. Pass the scan it was made from.",
-    "monochrome1": "Expected gray values that grow brighter (MONOCHROME2), found inverted ones (MONOCHROME1).",
     "bit_layout": "HighBit is not BitsStored - 1, so it is unclear which bits are the gray value.",
     "rescale": "Expected one RescaleSlope and RescaleIntercept to make real values, found a table or no numbers.",
     "no_geometry": "A slice does not say where it lies: it needs ImagePositionPatient, PixelSpacing, and an "
@@ -64,18 +70,22 @@ REFUSALS = {
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """The header of one file; `problem` says what forbids to read it. What it does not state is blank or NaN.
+    """The header of one slice; `problem` says what forbids to read it. What it does not state is blank or NaN.
 
-    `shape` is (columns, rows). `plane`, if known, takes (column, row, 0) of a pixel to RAS+ mm. `slope` and `intercept`
-    make real values of the stored ones.
+    `frame` counts from 0 in the file and is 0 where the file has but one. `shape` is (columns, rows). `plane`, if
+    known, takes (column, row, 0) of a pixel to RAS+ mm. `slope` and `intercept` make real values of the stored ones.
     """
 
     path: Path
+    frame: int
     sop_instance_uid: str
+    study_uid: str
     series_uid: str
+    series_number: str
     frame_of_reference_uid: str
     modality: str
     description: str
+    contrast: bool
     is_localizer: bool
     variants: tuple[str, ...]
     shape: tuple[int, int]
@@ -86,9 +96,10 @@ class Slice:
     problem: Problem | None
 
 
-def read_header(path: Path) -> Slice | None:
-    """Return the header of a DICOM file, its pixels left unread; None for DICOMDIR and for files that are not DICOM.
+def read_headers(path: Path) -> list[Slice]:
+    """Return the header of each slice of a DICOM file, its pixels left unread; none for DICOMDIR and other files.
 
+    A file of enhanced CT, MR or PET gives a slice for each of its frames.
     Raises UnreadableFile where the file is DICOM but its header is cut off.
     """
     from pydicom import dcmread
@@ -97,35 +108,67 @@ def read_header(path: Path) -> Slice | None:
 
     with parsing(path):
         try:
-            data = dcmread(path, stop_before_pixels=True, specific_tags=[*HEADER_TAGS])
+            data = dcmread(path, stop_before_pixels=True, specific_tags=[*_tags().values()])
+        except InvalidDicomError:
+            return []
+        if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            return []
+        if "SeriesInstanceUID" not in data and "Rows" not in data:
+            raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
+        headers = frame_headers(data)
+        description = _described(data)
+        return [_slice(path, frame, header, description) for frame, header in enumerate(headers)]
+
+
+def read_study_uid(path: Path) -> str | None:
+    """Return the StudyInstanceUID of a DICOM file, "" where it states none; None for DICOMDIR and other files.
+
+    Nothing behind that element is read. Raises UnreadableFile where the file is DICOM and ends before it.
+    """
+    from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
+    from pydicom.uid import MediaStorageDirectoryStorage
+
+    last = _tags()["StudyInstanceUID"]
+    ended = True
+
+    def behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        nonlocal ended
+        ended = tag <= last
+        return not ended
+
+    with parsing(path), path.open("rb") as file:
+        try:
+            data = read_partial(file, stop_when=behind, specific_tags=[last])
         except InvalidDicomError:
             return None
         if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return None
-        if "SeriesInstanceUID" not in data and "Rows" not in data:
+        if ended:
             raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
-        return _slice(path, data)
+        return str(data.get("StudyInstanceUID") or "")
 
 
-def read_pixels(part: Slice) -> Array:
-    """Return the stored values (rows, columns), unused bits cleared and the sign extended, before any rescaling.
+def read_pixels(path: Path, frames: Sequence[int] = (0,)) -> list[Array]:
+    """Return the stored values (rows, columns) of frames of a file, unused bits cleared and the sign extended.
 
+    Nothing is rescaled. The values of MONOCHROME1 are left as they are, too: it asks to show them inverted, and says
+    nothing about what they mean (PS3.3 C.7.6.3.1.2).
     Raises SeriesRefused where a decoder is not installed, UnreadableFile where pixels are missing or damaged.
     """
     from pydicom import dcmread
-    from pydicom.pixels.utils import pixel_array
+    from pydicom.pixels.utils import iter_pixels
 
-    with parsing(part.path):
-        data = dcmread(BytesIO(part.path.read_bytes()), force=True)
+    with parsing(path):
+        data = dcmread(BytesIO(path.read_bytes()), force=True)
         syntax = data.file_meta.TransferSyntaxUID
         if not _has_decoder(syntax):
             raise SeriesRefused(
                 f"The pixels are compressed ({syntax.name}) and no installed package decodes that. Install {CODECS}.",
-                path=part.path,
+                path=path,
                 reason="compressed_no_codec",
             )
-        pixels: Array = pixel_array(data, raw=True)
-        return pixels
+        return [*iter_pixels(data, raw=True, indices=[*frames])]
 
 
 @contextmanager
@@ -169,80 +212,68 @@ def _has_decoder(syntax: str) -> bool:
         return False
 
 
-def _slice(path: Path, data: Dataset) -> Slice:
-    thicknesses = (_number(data, name) for name in ("SpacingBetweenSlices", "SliceThickness"))
-    plane = _plane(data)
+@cache
+def _tags() -> dict[str, BaseTag]:
+    """Return the tags of a header, as pydicom wants them."""
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.tag import Tag
+
+    return {name: Tag(tag_for_keyword(name) or 0) for name in HEADER_TAGS}
+
+
+def _described(data: Dataset) -> str:
+    """Return the description of the series, in the character set of its file."""
+    try:
+        return str(data.get("SeriesDescription") or "")
+    except damage():
+        return ""
+
+
+def _slice(path: Path, frame: int, header: Header, description: str) -> Slice:
+    thicknesses = (header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
+    plane = _plane(header)
     return Slice(
         path=path,
-        sop_instance_uid=_text(data, "SOPInstanceUID"),
-        series_uid=_text(data, "SeriesInstanceUID"),
-        frame_of_reference_uid=_text(data, "FrameOfReferenceUID"),
-        modality=_text(data, "Modality"),
-        description=_text(data, "SeriesDescription"),
-        is_localizer="LOCALIZER" in _text(data, "ImageType").split("\\"),
-        variants=tuple(_text(data, name) for name in VARIANTS),
-        shape=(int(np.nan_to_num(_number(data, "Columns"))), int(np.nan_to_num(_number(data, "Rows")))),
+        frame=frame,
+        sop_instance_uid=header.text("SOPInstanceUID"),
+        study_uid=header.text("StudyInstanceUID"),
+        series_uid=header.text("SeriesInstanceUID"),
+        series_number=header.text("SeriesNumber"),
+        frame_of_reference_uid=header.text("FrameOfReferenceUID"),
+        modality=header.text("Modality"),
+        description=description,
+        contrast=header.text("ContrastBolusAgent").upper() not in {"", "NO", "NONE"},
+        is_localizer="LOCALIZER" in header.text("ImageType").split("\\"),
+        variants=tuple(header.text(name) for name in VARIANTS),
+        shape=(int(np.nan_to_num(header.number("Columns"))), int(np.nan_to_num(header.number("Rows")))),
         plane=plane,
         thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
-        slope=_number(data, "RescaleSlope", blank=1.0),
-        intercept=_number(data, "RescaleIntercept", blank=0.0),
-        problem=_problem(data, placed=plane is not None),
+        slope=header.number("RescaleSlope", blank=1.0),
+        intercept=header.number("RescaleIntercept", blank=0.0),
+        problem=_problem(header, placed=plane is not None),
     )
 
 
-def _plane(data: Dataset) -> Affine | None:
+def _plane(header: Header) -> Affine | None:
     tags = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-    numbers = [_numbers(data, name) for name in tags]
+    numbers = [header.numbers(name) for name in tags]
     if [values.size for values in numbers] != [*tags.values()] or not np.isfinite(np.concatenate(numbers)).all():
         return None
     return slice_plane(*numbers)
 
 
-def _problem(data: Dataset, *, placed: bool) -> Problem | None:
-    color, bits = _text(data, "PhotometricInterpretation"), _number(data, "BitsStored")
-    slope, intercept = _number(data, "RescaleSlope", blank=1), _number(data, "RescaleIntercept", blank=0)
+def _problem(header: Header, *, placed: bool) -> Problem | None:
+    color, bits = header.text("PhotometricInterpretation"), header.number("BitsStored")
+    slope, intercept = header.number("RescaleSlope", blank=1), header.number("RescaleIntercept", blank=0)
     found = {
-        "not_an_image": not (_number(data, "Rows") >= 1 and _number(data, "Columns") >= 1)
-        or _text(data, "Modality") in {"SEG", "RTDOSE"},
-        "multi_frame": _number(data, "NumberOfFrames", blank=1) != 1 or "SharedFunctionalGroupsSequence" in data,
-        "mosaic": "MOSAIC" in _text(data, "ImageType").split("\\"),
-        "color": not color.startswith("MONOCHROME") or _number(data, "SamplesPerPixel", blank=1) != 1,
-        "monochrome1": color == "MONOCHROME1",
-        "bit_layout": _number(data, "HighBit") != bits - 1,
-        "rescale": "ModalityLUTSequence" in data or slope == 0 or not math.isfinite(slope + intercept),
+        "not_an_image": not (header.number("Rows") >= 1 and header.number("Columns") >= 1)
+        or header.text("Modality") in NO_IMAGES,
+        "multi_frame": not header.frame_is_described,
+        "mosaic": "MOSAIC" in header.text("ImageType").split("\\"),
+        "color": not color.startswith("MONOCHROME") or header.number("SamplesPerPixel", blank=1) != 1,
+        "bit_layout": header.number("HighBit") != bits - 1,
+        "rescale": header.has("ModalityLUTSequence") or slope == 0 or not math.isfinite(slope + intercept),
         "no_geometry": not placed,
     }
     reason = next((reason for reason, is_so in found.items() if is_so), None)
     return Problem(reason, REFUSALS[reason]) if reason else None
-
-
-def _value(data: Dataset, name: str) -> Any:
-    """Return what a tag holds: None or "" where it is blank, "?" where it cannot be read."""
-    try:
-        return data.get(name)
-    except damage():
-        return "?"
-
-
-def _text(data: Dataset, name: str) -> str:
-    value = _value(data, name)
-    if value is None or isinstance(value, str):
-        return str(value or "")
-    return "\\".join(map(str, np.atleast_1d(value)))
-
-
-def _numbers(data: Dataset, name: str) -> NDArray[np.float64]:
-    """Return the numbers of a tag; none where it is blank, NaN for what is no number or none to compute with."""
-    value = _value(data, name)
-    try:
-        numbers = np.array([] if value in (None, "") else value, dtype=np.float64).ravel()
-    except (ValueError, TypeError):
-        return np.array([math.nan])
-    return np.where(np.abs(numbers) < LARGEST_NUMBER, numbers, math.nan)
-
-
-def _number(data: Dataset, name: str, *, blank: float = math.nan) -> float:
-    numbers = _numbers(data, name)
-    if not numbers.size:
-        return blank
-    return float(numbers[0]) if numbers.size == 1 else math.nan

@@ -1,25 +1,18 @@
-"""What a file or folder holds, in a few facts, without a guess."""
+"""What a volume holds, in a few facts, without a guess."""
 
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.io import load
-from medseg.io.dicom_series import Series, find_series
 from medseg.volume import Grid
 
 
 def describe(path: str | PathLike[str], *, assume_orientation: str | None = None) -> dict[str, Any]:
-    """Return the facts of a volume, or the series of a DICOM folder with the verdict on each, as JSON takes them.
-
-    Raises what reading the file raises.
-    """
-    if Path(path).is_dir():
-        return {"series": [_series_facts(series) for series in find_series(path)]}
+    """Return the facts of a volume as JSON takes them. Raises what reading the file raises."""
     volume = load(path, assume_orientation=assume_orientation)
     low, high = np.percentile(volume.array, (1, 99))
     return {
@@ -31,18 +24,6 @@ def describe(path: str | PathLike[str], *, assume_orientation: str | None = None
         "mean": float(volume.array.mean(dtype=np.float64)),
         "percentile_99": float(high),
         "maximum": float(volume.array.max()),
-    }
-
-
-def _series_facts(series: Series) -> dict[str, Any]:
-    return {
-        "description": series.description,
-        "modality": series.modality,
-        "slices": len(series.slices),
-        **({} if series.grid is None else _grid_facts(series.grid)),
-        "verdict": "accepted" if series.refusal is None else f"refused: {series.refusal.reason}",
-        "refusal": None if series.refusal is None else str(series.refusal),
-        "uid": series.uid,
     }
 
 

@@ -1,0 +1,136 @@
+"""The header of one DICOM slice as texts and numbers, wherever the file keeps them: at the top, or in frame groups.
+
+pydicom parses the file; what its elements hold is converted here, since that takes half the time of reading a header
+and few elements are needed. What cannot be converted is blank or NaN: it is judged, not trusted.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+LARGEST_NUMBER = 1e12
+"""No length, count or slope reaches it, and no computation with smaller ones overflows."""
+
+FRAME_GROUPS = {
+    "PlanePositionSequence": {"ImagePositionPatient": "ImagePositionPatient"},
+    "PlaneOrientationSequence": {"ImageOrientationPatient": "ImageOrientationPatient"},
+    "PixelMeasuresSequence": {name: name for name in ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices")},
+    "PixelValueTransformationSequence": {name: name for name in ("RescaleSlope", "RescaleIntercept")},
+    "FrameContentSequence": {
+        "TemporalPositionIndex": "TemporalPositionIdentifier",
+        "FrameAcquisitionNumber": "AcquisitionNumber",
+        "StackID": "StackID",
+    },
+    "MRImageFrameTypeSequence": {"FrameType": "ImageType"},
+    "CTImageFrameTypeSequence": {"FrameType": "ImageType"},
+    "PETFrameTypeSequence": {"FrameType": "ImageType"},
+    "MREchoSequence": {"EffectiveEchoTime": "EchoTime"},
+    "MRModifierSequence": {"InversionTimes": "InversionTime"},
+    "MRDiffusionSequence": {"DiffusionBValue": "DiffusionBValue"},
+    "DiffusionGradientDirectionSequence": {"DiffusionGradientOrientation": "DiffusionGradientOrientation"},
+    "CardiacSynchronizationSequence": {"NominalCardiacTriggerDelayTime": "TriggerTime"},
+}
+"""Functional groups of enhanced objects, and the classic names of what they hold (PS3.3 C.7.6.16.2, C.8.13, C.8.15)."""
+
+NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
+"""Binary value representations, and their codes in `struct`."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The elements of one slice by tag. `frame_is_described` is False for frames without functional groups."""
+
+    elements: Mapping[int, Any]
+    frame_is_described: bool = True
+
+    def has(self, name: str) -> bool:
+        """Return whether the element is there, blank or not."""
+        return _tag(name)[0] in self.elements
+
+    def text(self, name: str) -> str:
+        """Return an element as text, several values with a backslash between them; "" where it is blank or absent."""
+        return "\\".join(map(str, self._values(name)))
+
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """Return the numbers of an element; none where it is blank, NaN for what is none or none to compute with."""
+        numbers = np.array([_number(value) for value in self._values(name)])
+        return np.where(np.abs(numbers) < LARGEST_NUMBER, numbers, math.nan)
+
+    def number(self, name: str, *, blank: float = math.nan) -> float:
+        """Return the number of an element, `blank` where there is none, NaN where there are several."""
+        numbers = self.numbers(name)
+        if not numbers.size:
+            return blank
+        return float(numbers[0]) if numbers.size == 1 else math.nan
+
+    def _values(self, name: str) -> list[Any]:
+        tag, usual = _tag(name)
+        element = self.elements.get(tag)
+        value = None if element is None else element.value
+        if element is not None and isinstance(value, bytes):
+            kind = element.VR if element.VR not in {None, "UN"} else usual
+            if kind in NUMBERS:
+                return _unpacked(value, NUMBERS[kind], getattr(element, "is_little_endian", True))
+            value = value.decode("latin-1").strip(" \0\t\r\n")
+        if value is None or (isinstance(value, str) and not value):
+            return []
+        if isinstance(value, str):
+            return [part.strip() for part in value.split("\\")]
+        return [value] if np.isscalar(value) else [*value]
+
+
+def frame_headers(data: Dataset) -> list[Header]:
+    """Return a header for each frame of a file: that of the file, with the frame's functional groups laid over it.
+
+    Source: PS3.3 C.7.6.16 (multi-frame functional groups).
+    """
+    top = {int(tag): data.get_item(tag) for tag in data.keys()}  # noqa: SIM118 - iterating a Dataset converts it
+    frames = data.get("PerFrameFunctionalGroupsSequence") or ()
+    count = Header(top).number("NumberOfFrames", blank=1)
+    if not frames or len(frames) != count:
+        return [Header(top, frame_is_described=not frames and count == 1)]
+    shared = [element for item in data.get("SharedFunctionalGroupsSequence") or () for element in _grouped(item)]
+    return [Header(top | dict(shared) | dict(_grouped(item))) for item in frames]
+
+
+def _grouped(item: Dataset) -> Iterator[tuple[int, Any]]:
+    """Yield what the known functional groups of an item hold, by the tags of a classic header."""
+    for group, names in FRAME_GROUPS.items():
+        for inner in item.get(group) or ():
+            for name, classic in names.items():
+                if name in inner:
+                    yield _tag(classic)[0], inner.get_item(_tag(name)[0])
+            if group == "MRDiffusionSequence":
+                yield from _grouped(inner)
+
+
+@cache
+def _tag(name: str) -> tuple[int, str]:
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
+
+    tag = tag_for_keyword(name) or 0
+    return tag, dictionary_VR(tag)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (ValueError, TypeError):
+        return math.nan
+
+
+def _unpacked(value: bytes, code: str, little_endian: bool) -> list[Any]:
+    size = struct.calcsize(code)
+    count = len(value) // size
+    return [*struct.unpack(f"{'<' if little_endian else '>'}{count}{code}", value[: count * size])]

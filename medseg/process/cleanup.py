@@ -1,0 +1,66 @@
+"""Label maps made tidy: the largest piece kept, holes filled, what is too small removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medseg.errors import UsageError
+from medseg.volume import Volume
+
+Box = tuple[slice, ...]
+
+
+def keep_largest(labels: Volume, values: Sequence[int]) -> Volume:
+    """Return labels (1, I, J, K) in which each of `values` keeps its largest piece; the rest of it becomes 0.
+
+    Voxels that share a face belong together. Of pieces of one size the first in array order stays.
+    """
+    result = labels.array.copy()
+    for value, box in _boxes(labels, values):
+        pieces, count = ndimage.label(result[0][box] == value)
+        if count > 1:
+            largest = int(np.bincount(pieces.ravel())[1:].argmax()) + 1
+            result[0][box][(pieces > 0) & (pieces != largest)] = 0
+    return labels.with_array(result)
+
+
+def fill_holes(labels: Volume, values: Sequence[int]) -> Volume:
+    """Return labels (1, I, J, K) in which background enclosed by one of `values` belongs to it.
+
+    Enclosed is what no path over faces connects with the border of the image. Other labels are left as they are.
+    """
+    result = labels.array.copy()
+    for value, box in _boxes(labels, values):
+        inside = result[0][box]
+        filled = ndimage.binary_fill_holes(inside == value)
+        inside[filled & (inside == 0)] = value
+    return labels.with_array(result)
+
+
+def drop_small(labels: Volume, values: Sequence[int], minimal_ml: float) -> Volume:
+    """Return labels (1, I, J, K) without those of `values` that take less than `minimal_ml` in all.
+
+    Raises UsageError for a volume that is not positive.
+    """
+    if not minimal_ml > 0:
+        raise UsageError(f"The smallest volume to keep is a positive number of ml; here it is {minimal_ml}.")
+    result = labels.array.copy()
+    for value, box in _boxes(labels, values):
+        inside = result[0][box]
+        if np.count_nonzero(inside == value) * labels.grid.voxel_mm3 / 1000 < minimal_ml:
+            inside[inside == value] = 0
+    return labels.with_array(result)
+
+
+def _boxes(labels: Volume, values: Sequence[int]) -> list[tuple[int, Box]]:
+    """Return the values that are there, each with the part of the array that holds it: far smaller than the image."""
+    where: list[Box | None] = ndimage.find_objects(_whole(labels.array[0]))
+    return [(value, box) for value in values if 0 < value <= len(where) and (box := where[value - 1]) is not None]
+
+
+def _whole(values: NDArray[np.generic]) -> NDArray[np.integer]:
+    return values.astype(np.int32, copy=False)

@@ -1,0 +1,66 @@
+"""Whether a pipeline can run here, found out before a night is spent on it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import UsageError
+from medseg.model.plan import Plan
+from medseg.model.weights import find_model
+from medseg.study.archive import opened
+from medseg.study.choose import choose
+from medseg.study.describe import series_names
+from medseg.study.find import find_studies
+from medseg.study.pipeline import Pipeline
+from medseg.study.run import WRITERS
+
+
+def check_pipeline(pipeline: Pipeline) -> Path:
+    """Return the folder of the pipeline's model, when everything the pipeline asks for is there.
+
+    Raises UsageError with all that is not: channels and labels that the model does not have, outputs that are not
+    known; ModelError where the model itself is missing or damaged.
+    """
+    folder = find_model(pipeline.model)
+    plan = Plan.load(folder / "plan.json")
+    problems = []
+    if len(pipeline.channels) != len(plan.channels):
+        names = ", ".join(channel.name for channel in plan.channels)
+        problems.append(f"the model has {len(plan.channels)} channel(s) ({names}), not {len(pipeline.channels)}")
+    known = {label.name for label in plan.labels}
+    wanted = dict.fromkeys(name for step in pipeline.cleanup for name in step.labels)
+    problems += [f"the model has no label {name!r}" for name in wanted if name not in known]
+    outputs = ", ".join(WRITERS)
+    problems += [f"there is no output {name!r} but {outputs}" for name in pipeline.outputs if name not in WRITERS]
+    if "picture" in pipeline.outputs and not find_spec("matplotlib"):
+        problems.append('a picture needs matplotlib: pip install "medseg[report]"')
+    if problems:
+        raise UsageError(f"The pipeline cannot run: {'; '.join(problems)}.")
+    return folder
+
+
+def explain(pipeline: Pipeline, path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """Return for every study at or below a path what the rules say of each of its series, and the refusal, as JSON.
+
+    Raises UnreadableFile where the path is missing.
+    """
+    with opened(path) as place:
+        studies = find_studies(place)
+    explained = []
+    for number, study in enumerate(studies, start=1):
+        selection = choose(study.series, pipeline.channels)
+        refusal = study.problems[0] if study.problems else selection.refusal
+        names = series_names(study)
+        explained.append({
+            "study": number,
+            "choices": [
+                {"channel": choice.channel, "series": name, "reason": reason}
+                for choice in selection.choices
+                for name, reason in zip(names, choice.reasons, strict=True)
+            ],
+            "refusal": None if refusal is None else {"reason": refusal.reason, "text": str(refusal)},
+        })  # fmt: skip
+    return explained

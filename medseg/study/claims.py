@@ -1,0 +1,149 @@
+"""Who works on which study: one file for each claim, so that several batches can share an output folder.
+
+Claims save work and do not keep order: results are whole and renamed into place, whoever makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import OutputError
+
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+"""A claim from another machine that has not been touched for so long is void; on this machine its process is asked."""
+
+UNKNOWN = "unknown"
+"""When a process started, on systems without /proc: there, too, the last touch decides."""
+
+
+@dataclass
+class Claims:
+    """The claims of this process in a folder, kept alive by a thread until `close`; `held` are the studies."""
+
+    folder: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    held: set[str] = field(default_factory=set)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def claim(self, study: str) -> bool:
+        """Return whether the study is this process's own now; False where another one that is alive has it."""
+        path = self._path(study)
+        if not (self._create(path) or (self._void(path) and self._create(path))):
+            return False
+        self.held.add(study)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+        return True
+
+    def release(self, study: str) -> None:
+        """Give a study back."""
+        self.held.discard(study)
+        path = self._path(study)
+        if _read(path).get("token") == self.token:
+            with suppress(OSError):
+                path.unlink()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._ended.set()
+        for study in [*self.held]:
+            self.release(study)
+
+    def _path(self, study: str) -> Path:
+        return self.folder / f"{study}.json"
+
+    def _create(self, path: Path) -> bool:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise OutputError(f"A study cannot be claimed: {error.strerror}.", path=self.folder) from error
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"token": self.token, "host": _host(), "pid": os.getpid(), "born": _born(os.getpid())}, file)
+        return True
+
+    def _void(self, path: Path) -> bool:
+        """Remove the claim of a process that is gone. Of several processes that try, one returns True."""
+        found = _read(path)
+        if not self._stale(path, found):
+            return False
+        aside = path.with_name(f"{path.name}.{self.token}")
+        try:
+            path.rename(aside)
+        except OSError:
+            return False
+        taken = _read(aside)
+        if taken.get("token") != found.get("token"):  # another process was faster, and this is its new claim
+            with suppress(OSError):
+                os.link(aside, path)
+        aside.unlink(missing_ok=True)
+        return taken.get("token") == found.get("token")
+
+    def _stale(self, path: Path, claim: dict[str, Any]) -> bool:
+        if claim.get("host") == _host():
+            born = _born(claim["pid"])
+            if born != claim["born"] or born != UNKNOWN:
+                return bool(born != claim["born"])
+        try:
+            return self._now() - path.stat().st_mtime > STALE_S
+        except OSError:
+            return False
+
+    def _now(self) -> float:
+        """Return the time by the clock of the disk, which other machines see too."""
+        probe = self.folder / f".{self.token}"
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except OSError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            for study in [*self.held]:
+                with suppress(OSError):
+                    os.utime(self._path(study))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    complete = isinstance(content, dict) and {"token", "host", "pid", "born"} <= content.keys()
+    return content if complete else {}
+
+
+def _host() -> str:
+    """Return what tells machines, their restarts, and containers with processes of their own apart."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(parts)
+
+
+def _born(pid: int) -> str:
+    """Return when a process of this machine started, "" where it is gone: numbers of processes are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except OSError:
+        pass
+    return "" if Path("/proc/self/stat").exists() else UNKNOWN

@@ -1,0 +1,90 @@
+"""Which studies lie in a folder: by the StudyInstanceUID of every file, whatever folders they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from medseg.errors import MedsegError, UsageError
+from medseg.io.dicom_slice import read_study_uid
+from medseg.io.files import reading
+from medseg.study.archive import is_archive
+from medseg.study.find import check_no_dicom, listed, warmed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One study to run: what tells it from all others, its StudyInstanceUID or "", and its files.
+
+    A file or folder that cannot be read belongs to the studies beside it, and is an entry of its own where there are
+    none: it ends as failed, and nothing is forgotten.
+    """
+
+    identity: str
+    uid: str
+    files: tuple[Path, ...]
+
+
+def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None) -> list[Entry]:
+    """Return the studies at or below a folder in the order of their paths; each .zip counts as one.
+
+    `shard` (i, n), i from 1, gives the i-th of n parts; a hash of the study decides, so that it is the same everywhere.
+    Raises UnreadableFile where the folder is missing, UsageError for a shard that is none.
+    """
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise UsageError(f"A shard is i/n with i from 1 to n; here it is {shard[0]}/{shard[1]}.")
+    root = Path(root)
+    with reading(root):
+        root.stat()
+    problems: list[MedsegError] = []
+    uids: dict[str, str] = {}
+    groups: dict[str, list[Path]] = {}
+    for file in warmed(listed(root, problems)):
+        try:
+            identity, uid = _identity(file, root)
+        except MedsegError as error:
+            problems.append(error)
+            continue
+        if identity:
+            uids[identity] = uid
+            groups.setdefault(identity, []).append(file)
+    _add_problems(groups, problems, root)
+    entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
+    return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
+
+
+def _identity(file: Path, root: Path) -> tuple[str, str]:
+    """Return what names the study of a file, and its UID; blank where the file belongs to none."""
+    if is_archive(file):
+        return f"archive {_below(file, root)}", ""
+    uid = read_study_uid(file)
+    if uid is None:
+        check_no_dicom(file)
+        return "", ""
+    return (f"study {uid}", uid) if uid else (f"folder {_below(file.parent, root)}", "")
+
+
+def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:
+    for error in problems:
+        path = error.path or root
+        homes = [files for files in groups.values() if any(_beside(path, file, root) for file in files)]
+        for files in homes:
+            files.append(path)
+        if not homes:
+            groups[f"path {_below(path, root)}"] = [path]
+
+
+def _beside(path: Path, file: Path, root: Path) -> bool:
+    """Return whether what could not be read may belong to the study of a file: one folder, or folders side by side."""
+    return path.parent == file.parent or (path.is_dir() and path.parent != root and path.parent in file.parents)
+
+
+def _below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _shard(identity: str, count: int) -> int:
+    return int.from_bytes(hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()[:8], "big") % count + 1

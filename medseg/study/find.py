@@ -1,0 +1,227 @@
+"""From a folder, a DICOMDIR or an archive to studies, each with its stacks of slices and a verdict on every one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from medseg.errors import MedsegError, UnreadableFile
+from medseg.io.dicom_geometry import parallel
+from medseg.io.dicom_series import Series, make_series
+from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
+from medseg.io.files import reading
+
+READERS = 16
+"""Threads that fetch the heads of files ahead of the parser: it waits for no disk and no network."""
+
+HEAD_BYTES = 1 << 16
+"""What they fetch; headers of single slices are shorter."""
+
+LEAST_PART = 3
+"""A part of a series counts as regular from so many slices on: two always have equal steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One study: every stack of slices in it, every DICOM file of it, and what could not be read beside them.
+
+    A study with `problems` may lack a slice at its end, where no gap would tell. `uid` is "" for files that state
+    none; those of one folder make one study.
+    """
+
+    uid: str
+    series: tuple[Series, ...]
+    files: tuple[Path, ...]
+    problems: tuple[MedsegError, ...] = ()
+
+
+def find_studies(path: str | PathLike[str]) -> list[Study]:
+    """Return the studies at or below a folder, in a DICOMDIR or in a file, read from headers only.
+
+    Files count whatever they are called. Each series is split into stacks, see `split`. What cannot be read is listed
+    with the studies that have files in the same folder, or as a study of its own.
+    Raises UnreadableFile where the path itself is missing.
+    """
+    with reading(path):
+        Path(path).stat()
+    problems: list[MedsegError] = []
+    return read_studies(listed(Path(path), problems), problems)
+
+
+def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) -> list[Study]:
+    """Return the studies that these files belong to, as `find_studies` does; `problems` are those met before."""
+    problems = [*problems]
+    found: dict[str, list[Slice]] = {}
+    for file in warmed(files):
+        try:
+            parts = read_headers(file)
+            if not parts:
+                check_no_dicom(file)
+            for part in parts:
+                found.setdefault(part.study_uid or str(file.parent), []).append(part)
+        except MedsegError as error:
+            problems.append(error)
+    return [*_with_problems([_study(slices) for slices in found.values()], problems)]
+
+
+def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
+    """Return the files to look into at or below a path, sorted; folders that cannot be entered go to `problems`."""
+    if path.is_file():
+        return _of_dicomdir(path, problems) or [path]
+
+    def fail(error: OSError) -> None:
+        text = f"A folder could not be opened: {error.strerror}. Check its permissions."
+        problems.append(UnreadableFile(text, path=error.filename))
+
+    below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
+    return sorted(file for file in below if file.is_file())
+
+
+def warmed(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files in order, each after its head was fetched by another thread."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(_fetch, files)
+
+
+def check_no_dicom(file: Path) -> None:
+    """Raise UnreadableFile where a file that is no DICOM says by its name that it should be one."""
+    if file.suffix.lower() == ".dcm" and not file.name.startswith("."):
+        raise UnreadableFile(
+            "A file is called .dcm and is empty, damaged or no DICOM. Copy or export it again.", path=file
+        )
+
+
+def split(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Return the slices of one series as stacks that belong together, each in the order given.
+
+    Slices are parted by what they are (localizer or not, readable or not), frame of reference, matrix, orientation and
+    pixel spacing. Where positions then repeat or slices of several stacks interleave, they are parted by image type,
+    echo, inversion time, diffusion, time, stack or acquisition, whichever tells them apart. A scan in steps that differ
+    from one end to the other stays one stack: half of it would not be what was scanned.
+    """
+    stacks: list[list[Slice]] = []
+    for part in slices:
+        home = next((stack for stack in stacks if _alike(stack[0], part)), None)
+        if home is None:
+            stacks.append([part])
+        else:
+            home.append(part)
+    return [piece for stack in stacks for piece in _untangled(stack)]
+
+
+def _study(slices: Sequence[Slice]) -> Study:
+    series: dict[tuple[str, Path | None], list[Slice]] = {}
+    for part in slices:
+        series.setdefault((part.series_uid, None if part.series_uid else part.path.parent), []).append(part)
+    stacks = [make_series(stack) for parts in series.values() for stack in split(parts)]
+    return Study(slices[0].study_uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))
+
+
+def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) -> Iterator[Study]:
+    folders = [{file.parent for file in study.files} for study in studies]
+    homeless = []
+    beside: list[list[MedsegError]] = [[] for _ in studies]
+    for error in problems:
+        homes = [place for place, known in enumerate(folders) if error.path is not None and error.path.parent in known]
+        for place in homes:
+            beside[place].append(error)
+        if not homes:
+            homeless.append(error)
+    for study, its in zip(studies, beside, strict=True):
+        yield replace(study, problems=tuple(its))
+    for error in homeless:
+        yield Study("", (), (error.path,) if error.path else (), (error,))
+
+
+def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
+    """Return the files that a DICOMDIR names, none where the file is no DICOMDIR (PS3.10 8, PS3.3 F)."""
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        records = dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
+        named = [record.get("ReferencedFileID") for record in records]
+    except (InvalidDicomError, OSError, ValueError, EOFError):
+        return []
+    files = []
+    for parts in ([one] if isinstance(one, str) else list(one) for one in named if one):
+        if any(part in {"", ".", ".."} or {"/", "\\"} & set(part) for part in parts):
+            problems.append(UnreadableFile("The DICOMDIR names a file outside its folder.", path=path))
+            continue
+        file = path.parent.joinpath(*parts)
+        if file.is_file():
+            files.append(file)
+        else:
+            problems.append(UnreadableFile("A file that the DICOMDIR names is missing.", path=file, reason="missing"))
+    return files
+
+
+def _fetch(file: Path) -> Path:
+    try:
+        with file.open("rb") as opened:
+            opened.read(HEAD_BYTES)
+    except OSError:
+        pass  # the parser meets the same error, and reports it
+    return file
+
+
+def _alike(first: Slice, other: Slice) -> bool:
+    if _kind(first) != _kind(other):
+        return False
+    if first.plane is None or other.plane is None:
+        return first.plane is other.plane
+    return parallel(first.plane, other.plane, first.shape)
+
+
+def _kind(part: Slice) -> tuple[object, ...]:
+    reason = part.problem.reason if part.problem else ""
+    return part.is_localizer, reason, part.modality, part.frame_of_reference_uid, part.shape
+
+
+def _untangled(stack: list[Slice]) -> list[list[Slice]]:
+    reason = _reason(stack)
+    if reason == "duplicate_positions":
+        most = _most_at_one_position(stack)
+        for parts in _partings(stack):
+            if len(parts) <= most and max(map(_most_at_one_position, parts)) < most:
+                return [piece for part in parts for piece in _untangled(part)]
+    if reason == "irregular_spacing":
+        for parts in _partings(stack):
+            if _overlap(parts) and all(len(part) >= LEAST_PART and not _reason(part) for part in parts):
+                return parts
+    return [stack]
+
+
+def _overlap(parts: Sequence[Sequence[Slice]]) -> bool:
+    """Return whether two of the parts reach over each other along the normal."""
+    planes = [np.array([part.plane for part in stack if part.plane is not None]) for stack in parts]
+    heights = [placed[:, :3, 3] @ planes[0][0, :3, 2] for placed in planes]
+    ends = sorted((min(some), max(some)) for some in heights)
+    return any(low[1] > high[0] for low, high in pairwise(ends))
+
+
+def _reason(stack: Sequence[Slice]) -> str:
+    refusal = make_series(stack).refusal
+    return refusal.reason if refusal else ""
+
+
+def _partings(stack: Sequence[Slice]) -> Iterator[list[list[Slice]]]:
+    """Yield the stack parted by each header element that is not the same in all of it."""
+    for place in range(len(VARIANTS)):
+        parts: dict[str, list[Slice]] = {}
+        for part in stack:
+            parts.setdefault(part.variants[place], []).append(part)
+        if len(parts) > 1:
+            yield [*parts.values()]
+
+
+def _most_at_one_position(stack: Iterable[Slice]) -> int:
+    places = [tuple(np.round(part.plane[:3, 3], 2)) for part in stack if part.plane is not None]
+    return max(map(places.count, set(places)), default=0)

@@ -1,0 +1,204 @@
+"""What a batch knows on disk: keyed names for studies, manifests that say what was made, outputs put in place whole.
+
+    OUT/STUDY/manifest.json and outputs     a study that ended, renamed into place as one folder
+    OUT/private/key, studies.csv            what leads from keyed names back to studies; for its owner alone (0600)
+    OUT/.claims, OUT/.work                  who works on what, and unfinished outputs; empty when nobody works
+
+The disk is the truth: a study is done when its manifest verifies, and not when a file exists.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import OutputError
+from medseg.io.files import written_whole
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+KEY_BYTES = 32
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The folder of a batch, and the key that turns names and UIDs into what may be shown."""
+
+    out: Path
+    key: bytes
+
+    @classmethod
+    def open(cls, out: str | PathLike[str]) -> Ledger:
+        """Return the ledger of a folder, which is made with a new key where it is none yet. Raises OutputError."""
+        folder = Path(out)
+        try:
+            for part in (folder, folder / ".claims", folder / ".work"):
+                part.mkdir(parents=True, exist_ok=True)
+            (folder / "private").mkdir(mode=0o700, exist_ok=True)
+            return cls(folder, _key(folder / "private" / "key"))
+        except OSError as error:
+            raise OutputError(
+                f"The output folder cannot be used: {error.strerror or 'its key is damaged'}. "
+                "Check that it may be written to and has space left.",
+                path=folder,
+            ) from error
+
+    def name(self, what: str) -> str:
+        """Return a keyed hash of a UID or a path: the same for one output folder, and telling nothing."""
+        return hmac.new(self.key, what.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
+
+    def remember(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Add rows (keyed name, StudyInstanceUID, path) that are not there yet to the table that leads back."""
+        table = self.out / "private" / "studies.csv"
+        known = {row[0] for row in csv.reader(_lines(table)) if row}
+        with _guarded(table):
+            handle = os.open(table, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with os.fdopen(handle, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows(row for row in rows if row[0] not in known)
+
+    def work_folder(self, study: str, token: str) -> Path:
+        """Return a new folder for the unfinished outputs of a study."""
+        folder = self.out / ".work" / f"{study}.{token}.{secrets.token_hex(4)}"
+        with _guarded(folder):
+            folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, study: str, work: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the outputs in `work` in place with their manifest, in one rename; return the manifest.
+
+        What an earlier run put there is gone then. Raises OutputError.
+        """
+        outputs = [
+            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(work.iterdir())
+            if file.name != MANIFEST
+        ]
+        content = {"format": FORMAT, "study": study, **manifest, "outputs": outputs}
+        with written_whole(work / MANIFEST) as beside:
+            beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        final = self.out / study
+        with _guarded(final):
+            _synced(work)
+            while True:
+                with suppress(FileNotFoundError):
+                    final.rename(work.with_name(f"{work.name}.old"))
+                try:
+                    work.rename(final)
+                    break
+                except OSError:  # another process put its result there meanwhile: a complete one, but of before
+                    if not final.exists():
+                        raise
+            _synced(self.out)
+        shutil.rmtree(work.with_name(f"{work.name}.old"), ignore_errors=True)
+        return content
+
+    def manifest(self, study: str) -> dict[str, Any] | None:
+        """Return the manifest of a study, or None where it is missing or damaged."""
+        try:
+            content = json.loads((self.out / study / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+    def verified(self, study: str, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the manifest of a study that is done or refused and still true, else None.
+
+        True is what says all of `expected` and whose outputs are there with their hashes, and nothing else beside them.
+        """
+        found = self.manifest(study)
+        if found is None or found.get("status") not in {"done", "refused"}:
+            return None
+        if any(found.get(name) != value for name, value in expected.items()):
+            return None
+        outputs = {one["file"]: one["sha256"] for one in found.get("outputs", [])}
+        try:
+            there = {file.name for file in (self.out / study).iterdir()} - {MANIFEST}
+            true = there == set(outputs) and all(sha256(self.out / study / name) == outputs[name] for name in there)
+        except OSError:
+            return None
+        return found if true else None
+
+    def sweep(self, study: str) -> None:
+        """Remove what an interrupted run left of a study that is claimed by the caller."""
+        for folder in (self.out / ".work").glob(f"{study}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def state(files: Sequence[tuple[str, Path]]) -> str:
+    """Return a hash of the keyed names, sizes and times of files: another one when a file changes, comes or goes."""
+    digest = hashlib.sha256()
+    for name, path in sorted(files):
+        try:
+            stat = path.stat()
+            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        except OSError as error:
+            digest.update(f"{name} {error.errno}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the content of files, one after the other. Raises OSError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _key(path: Path) -> bytes:
+    """Return the key in a file, which the first process to come makes."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(KEY_BYTES))
+    except FileExistsError:
+        pass
+    for _ in range(50):
+        text = path.read_text(encoding="ascii", errors="replace")
+        if len(text) == 2 * KEY_BYTES:
+            return bytes.fromhex(text)
+        time.sleep(0.1)  # its maker is about to write it
+    raise OSError
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+def _synced(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Turn what the system raises in the block into OutputError for `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"The output could not be written: {error.strerror or 'the system gives no cause'}. "
+            "Check that its folder may be written to and has space left.",
+            path=path,
+        ) from error

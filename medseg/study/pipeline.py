@@ -1,0 +1,135 @@
+"""Pipelines: YAML files that say which series a model segments, how the labels are tidied up, and what is written."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from medseg.errors import UsageError
+from medseg.io.files import reading
+
+SHIPPED = (Path(__file__).parents[1] / "pipelines", Path(__file__).parents[2] / "pipelines")
+"""Where the pipelines are that ship: in an installed package, and beside the package in a source tree."""
+
+LARGEST_FILE = 1_000_000
+"""Characters; a pipeline has some thousand."""
+
+
+def _compiles(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError("this is no regular expression") from error
+    return text
+
+
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] <= ends[1]:
+        raise ValueError("a range is its lower end and its upper end")
+    return ends
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Preference = Literal["thin_slices", "fine_pixels", "more_slices", "contrast", "no_contrast", "original", "accepted"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Wanted(_Strict):
+    """A preference for series whose description matches a regular expression."""
+
+    description: Pattern
+
+
+class Rule(_Strict):
+    """Which series becomes a channel. What is left away does not count; of those that fit, `prefer` decides in order.
+
+    Patterns are regular expressions that may match anywhere, in upper or lower case. Ranges are the lower and the upper
+    end, both allowed. `in_plane_mm` is the larger side of a pixel, `slice_mm` the distance between slices,
+    `orientation` the plane that slices are closest to. `repaired` allows series with irregular steps.
+    """
+
+    name: str
+    modality: tuple[str, ...] = Field(min_length=1)
+    description: Pattern | None = None
+    not_description: Pattern | None = None
+    orientation: tuple[Literal["axial", "coronal", "sagittal"], ...] = ()
+    in_plane_mm: Range | None = None
+    slice_mm: Range | None = None
+    slices: Range | None = None
+    contrast: bool | None = None
+    repaired: bool = True
+    prefer: tuple[Preference | Wanted, ...] = ()
+
+
+class Cleanup(_Strict):
+    """What is done to the labels named, or to all: largest piece, holes, smallest volume, in this order."""
+
+    labels: tuple[str, ...] = ()
+    keep_largest: bool = False
+    fill_holes: bool = False
+    minimal_ml: float | None = Field(default=None, gt=0)
+
+
+class Pipeline(_Strict):
+    """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space."""
+
+    format: Literal[1]
+    name: str
+    model: str
+    channels: tuple[Rule, ...] = Field(min_length=1)
+    roi: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    mirror: bool = False
+    cleanup: tuple[Cleanup, ...] = ()
+    outputs: tuple[str, ...] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """Return a SHA-256 of all decisions; the model's content has its own."""
+        return hashlib.sha256(self.model_dump_json(exclude={"model"}).encode()).hexdigest()
+
+
+def load_pipeline(name: str | PathLike[str]) -> Pipeline:
+    """Return the pipeline in a YAML file, or the shipped one of that name; a model beside the file is found from there.
+
+    Raises UsageError where there is none, or the file says what no pipeline can.
+    """
+    path = _find(name)
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if len(text) > LARGEST_FILE:
+        raise UsageError("The file is too long for a pipeline.", path=path)
+    try:
+        pipeline = Pipeline.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UsageError("The pipeline is no YAML. Look for tabs and for colons without quotes.", path=path) from error
+    except ValidationError as error:
+        raise UsageError(f"The pipeline has {_listed(error)}.", path=path) from error
+    beside = path.parent / pipeline.model
+    return pipeline.model_copy(update={"model": str(beside)}) if beside.is_dir() else pipeline
+
+
+def _find(name: str | PathLike[str]) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = [file for folder in SHIPPED for file in sorted(folder.glob("*.yaml"))]
+    found = next((file for file in shipped if file.stem == str(name)), None)
+    if found is None:
+        names = ", ".join(dict.fromkeys(file.stem for file in shipped))
+        raise UsageError(f"No pipeline is there: neither a YAML file nor one that medseg ships ({names}).", path=path)
+    return found
+
+
+def _listed(error: ValidationError) -> str:
+    problems = [f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg'].lower()}" for one in error.errors()]
+    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}: {'; '.join(problems)}"

@@ -1,0 +1,206 @@
+"""One study through a pipeline: read and choose, segment, tidy up, write. Each stage can run in a thread of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import medseg
+from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
+from medseg.io import save
+from medseg.io.dicom_series import Series, read_series
+from medseg.io.files import written_whole
+from medseg.labels import Label
+from medseg.process.cleanup import drop_small, fill_holes, keep_largest
+from medseg.process.resample import resample
+from medseg.report.measurements import Measurement, measure
+from medseg.report.pictures import draw_overlay
+from medseg.study.choose import Selection, choose
+from medseg.study.describe import study_facts
+from medseg.study.find import read_studies
+from medseg.study.ledger import sha256
+from medseg.study.pipeline import Cleanup, Pipeline
+from medseg.volume import Volume
+
+if TYPE_CHECKING:
+    from medseg.model.segmenter import Model
+
+PACKAGES = ("numpy", "scipy", "pydicom", "nibabel")
+"""Packages beside the network's runtime whose version can change a result."""
+
+
+@dataclass
+class Job:
+    """A study on its way: its keyed name, its files with theirs, and what has come out of it so far.
+
+    `facts` is what the manifest will say. `image`, `labels` and `series` are there once they were read or made.
+    """
+
+    study: str
+    files: dict[Path, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    image: Volume | None = None
+    labels: Volume | None = None
+    series: tuple[Series, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an output is made of: image and labels on one grid, the label table, measurements, and the source series."""
+
+    image: Volume
+    labels: Volume
+    table: tuple[Label, ...]
+    measurements: tuple[Measurement, ...]
+    series: tuple[Series, ...]
+
+
+def _write_nifti(result: Result, path: Path) -> None:
+    save(result.labels, path)
+
+
+def _write_json(result: Result, path: Path) -> None:
+    rows = [one.to_dict() for one in result.measurements]
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(result: Result, path: Path) -> None:
+    rows = [one.to_dict() for one in result.measurements]
+    for row in rows:
+        x, y, z = row.pop("centroid_mm") or (None, None, None)
+        row |= {"centroid_x_mm": x, "centroid_y_mm": y, "centroid_z_mm": z}
+    with written_whole(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["value"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_picture(result: Result, path: Path) -> None:
+    draw_overlay(result.image, result.labels, result.table, path)
+
+
+Writer = Callable[[Result, Path], None]
+
+WRITERS: dict[str, tuple[str, Writer]] = {
+    "nifti": ("labels.nii.gz", _write_nifti),
+    "json": ("measurements.json", _write_json),
+    "csv": ("measurements.csv", _write_csv),
+    "picture": ("picture.png", _write_picture),
+}
+"""Outputs that a pipeline can ask for: the file's name, and what writes it."""
+
+
+def read_job(job: Job, pipeline: Pipeline) -> None:
+    """Find the series of a study, choose the channels, and read them into `job.image`.
+
+    Raises UnreadableFile where any file of the study is damaged: a missing end would not be noticed. Raises what
+    refuses the study, and what reading pixels raises.
+    """
+    studies = read_studies([*job.files])
+    problems = [problem for study in studies for problem in study.problems]
+    if problems:
+        raise problems[0]
+    if len(studies) != 1:
+        raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
+    selection = choose(studies[0].series, pipeline.channels)
+    job.facts["series"] = _series_facts(study_facts(studies[0]), selection)
+    if selection.refusal is not None:
+        raise selection.refusal
+    job.series = selection.series
+    used = sorted({part.path for series in job.series for part in series.slices}, key=lambda path: job.files[path])
+    try:
+        job.facts["inputs"] = {"used": [job.files[path] for path in used], "sha256": sha256(*used)}
+    except OSError as error:
+        raise UnreadableFile(f"A file of the study could not be read: {error.strerror}.") from error
+    job.image = _image(job.series)
+
+
+def segment_job(job: Job, pipeline: Pipeline, model: Model) -> None:
+    """Make `job.labels` from `job.image`: the network, then the clean-up. Raises what `segment` does."""
+    from medseg.model.timing import Report
+
+    if job.image is None:
+        raise InputError("The study has not been read.")
+    report = Report()
+    labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, report=report)
+    with report.stage("cleanup"):
+        for step in pipeline.cleanup:
+            labels = tidy(labels, step, model.plan.labels)
+    job.labels = labels
+    job.facts |= {"run": report.to_dict()}
+
+
+def write_job(job: Job, pipeline: Pipeline, table: tuple[Label, ...], folder: Path) -> None:
+    """Measure the labels and write the outputs of the pipeline to `folder`. Raises OutputError."""
+    if job.image is None or job.labels is None:
+        raise InputError("The study has not been segmented.")
+    measurements = tuple(measure(job.labels, table, job.image))
+    job.facts["labels"] = [
+        {"value": one.value, "name": one.name, "volume_ml": round(one.volume_ml, 6)} for one in measurements
+    ]
+    result = Result(job.image, job.labels, table, measurements, job.series)
+    for name in pipeline.outputs:
+        file, write = WRITERS[name]
+        write(result, folder / file)
+
+
+def tidy(labels: Volume, step: Cleanup, table: Sequence[Label]) -> Volume:
+    """Return labels after one clean-up step of a pipeline."""
+    values = [label.value for label in table if not step.labels or label.name in step.labels]
+    if step.keep_largest:
+        labels = keep_largest(labels, values)
+    if step.fill_holes:
+        labels = fill_holes(labels, values)
+    if step.minimal_ml is not None:
+        labels = drop_small(labels, values, step.minimal_ml)
+    return labels
+
+
+def ending(error: BaseException) -> dict[str, str]:
+    """Return status, reason and text of what ended a study, without a word that a file or a third party chose.
+
+    A study is refused where it does not suit the pipeline or cannot be read right, and failed where something broke.
+    """
+    if isinstance(error, MedsegError):
+        refused = isinstance(error, InputError | GeometryError) and not isinstance(error, UnreadableFile)
+        return {"status": "refused" if refused else "failed", "reason": error.reason, "text": str(error)}
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
+        return {"status": "failed", "reason": "out_of_memory", "text": "The memory did not suffice for this study."}
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    return {"status": "failed", "reason": "internal", "text": f"Unexpected {type(error).__name__} at {where}."}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of medseg and of what it computes with, beside those of the runtime."""
+    installed = {name: version(name) for name in PACKAGES}
+    return {"medseg": medseg.__version__, "python": platform.python_version(), **installed}
+
+
+def _image(series: Sequence[Series]) -> Volume:
+    """Return the series as channels on the grid of the first."""
+    volumes = [read_series(one) for one in series]
+    grid = volumes[0].grid
+    arrays = [
+        volume.array if volume.grid.matches(grid) else resample(volume, grid, order=3, fill=0.0).array
+        for volume in volumes
+    ]
+    return Volume(np.concatenate(arrays), grid)
+
+
+def _series_facts(facts: Sequence[Mapping[str, Any]], selection: Selection) -> list[dict[str, Any]]:
+    """Return the facts of every series with what each channel's rule says of it."""
+    return [
+        {**one, "channels": {choice.channel: choice.reasons[place] for choice in selection.choices}}
+        for place, one in enumerate(facts)
+    ]

@@ -1,0 +1,227 @@
+"""A process that keeps a network loaded and runs studies through it: python -m medseg.study.worker.
+
+It reads one JSON message a line from standard input, first {"start": ...}, then {"study": ...}, and answers in the same
+way on standard output. Reading the next study and writing the last one overlap with computing. When its input ends
+it is gone at once: whoever started it is gone, too, or wants no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from medseg.study.archive import is_archive, opened
+from medseg.study.find import listed
+from medseg.study.ledger import Ledger, sha256
+from medseg.study.pipeline import Pipeline
+from medseg.study.run import Job, ending, read_job, segment_job, versions, write_job
+
+if TYPE_CHECKING:
+    from medseg.model.segmenter import Model
+
+Send = Callable[[dict[str, Any]], None]
+PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker needs to know once: the pipeline, the output folder with its key, how the network runs."""
+
+    pipeline: dict[str, Any]
+    out: str
+    key: str
+    token: str
+    manifest: dict[str, Any]
+    device: str | None = None
+    runtime: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A study to run: its keyed name, its files with theirs, and the state that they had."""
+
+    study: str
+    files: dict[str, str]
+    state: str
+
+
+class Runner:
+    """Runs studies through one pipeline with one model, each from its files to its published folder."""
+
+    def __init__(self, start: Start, send: Send):
+        from medseg.model.segmenter import Model
+
+        self.start, self.send = start, send
+        self.pipeline = Pipeline.model_validate(start.pipeline)
+        self.ledger = Ledger(Path(start.out), bytes.fromhex(start.key))
+        self.model: Model = Model.load(
+            self.pipeline.model,
+            device=start.device,
+            runtime=start.runtime,
+            precision=start.precision,
+            threads=start.threads,
+        )
+
+    def read(self, task: Task) -> _Running:
+        """Return the task with its image read, or the error that ended it."""
+        running = _Running(task)
+        running.stage("read", self.send, lambda: self._read(running))
+        return running
+
+    def segment(self, running: _Running) -> None:
+        """Compute the labels, unless an error ended the task before."""
+        running.stage("segment", self.send, lambda: segment_job(running.job, self.pipeline, self.model))
+
+    def finish(self, running: _Running) -> None:
+        """Write and publish the outputs, or what ended the task, and tell."""
+        table = self.model.plan.labels
+        running.stage("write", self.send, lambda: write_job(running.job, self.pipeline, table, running.folder))
+        try:
+            manifest = self._publish(running)
+        except Exception as error:  # noqa: BLE001 - a full disk, most likely: then the answer alone tells
+            manifest = {**ending(error), "study": running.task.study}
+        finally:
+            running.close()
+        self.send({"done": running.task.study, "manifest": manifest})
+
+    def _read(self, running: _Running) -> None:
+        running.work = self.ledger.work_folder(running.task.study, self.start.token)
+        files = {Path(path): name for path, name in running.task.files.items()}
+        first = next(iter(files))
+        if is_archive(first):
+            unpacked = self.ledger.work_folder(running.task.study, self.start.token)
+            running.exits.callback(shutil.rmtree, unpacked, ignore_errors=True)
+            folder = running.exits.enter_context(opened(first, unpacked))
+            files = {file: self.ledger.name(str(file.relative_to(folder))) for file in listed(folder, [])}
+        running.job.files = files
+        read_job(running.job, self.pipeline)
+        if is_archive(first):
+            running.job.facts["inputs"] = {"used": [running.task.files[str(first)]], "sha256": sha256(first)}
+
+    def _publish(self, running: _Running) -> dict[str, Any]:
+        job, task = running.job, running.task
+        result = {"status": "done", "reason": None, "text": None} if running.error is None else ending(running.error)
+        if running.error is not None:  # what was written before the error is no result
+            shutil.rmtree(running.work or "", ignore_errors=True)
+            running.work = self.ledger.work_folder(task.study, self.start.token)
+        manifest = {
+            **result,
+            **self.start.manifest,
+            "state": task.state,
+            "files": len(task.files),
+            "versions": versions(),
+            **job.facts,
+            "seconds": {name: round(seconds, 3) for name, seconds in running.seconds.items()},
+            "warnings": running.warnings,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return self.ledger.publish(task.study, running.folder, manifest)
+
+
+@dataclass
+class _Running:
+    """A task in work: its folder, what it took, the warnings it gave, and the error that ended it, if one did."""
+
+    task: Task
+    work: Path | None = None
+    job: Job = field(init=False)
+    error: BaseException | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    exits: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.job = Job(self.task.study, {})
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder for unfinished outputs, which is there once reading began."""
+        return self.work or Path()
+
+    def stage(self, name: str, send: Send, do: Callable[[], None]) -> None:
+        """Run one stage, unless an error ended the task before; whatever it raises ends the task and nothing else."""
+        if self.error is not None:
+            return
+        send({"stage": name, "study": self.task.study})
+        began = time.perf_counter()
+        _WARNINGS[threading.get_ident()] = self.warnings
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 - one study never stops the rest
+            self.error = error
+        self.seconds[name] = time.perf_counter() - began
+
+    def close(self) -> None:
+        """Let go of what the task holds: memory, and what an archive was unpacked to."""
+        self.job = Job(self.task.study, {})
+        self.exits.close()
+        if self.work is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+_WARNINGS: dict[int, list[str]] = {}
+"""Where the warnings of each thread go."""
+
+
+def _collect(message: Warning | str, category: type[Warning], filename: str, *_rest: object, **_more: object) -> None:
+    """Keep a warning of medseg for the manifest; those of others may quote a file, and are named by their class."""
+    ours = filename.startswith(PACKAGE)
+    _WARNINGS.get(threading.get_ident(), []).append(str(message) if ours else f"{category.__name__} of another package")
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever prints must not disturb the answers
+    lock = threading.Lock()
+
+    def send(message: dict[str, Any]) -> None:
+        with lock:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+    warnings.showwarning = _collect
+    warnings.simplefilter("always")
+    try:
+        runner = Runner(Start(**json.loads(sys.stdin.readline())["start"]), send)
+        send({"ready": os.getpid(), "runtime": runner.model.runtime.name})
+    except Exception as error:  # noqa: BLE001 - whoever started this process shows it
+        send({"fatal": ending(error)})
+        return
+    _serve(runner, send)
+
+
+def _serve(runner: Runner, send: Send) -> None:
+    tasks: SimpleQueue[Future[_Running]] = SimpleQueue()
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+
+        def receive() -> None:
+            for line in sys.stdin:
+                tasks.put(reader.submit(runner.read, Task(**json.loads(line)["study"])))
+            os._exit(0)
+
+        threading.Thread(target=receive, daemon=True).start()
+        while True:
+            running = tasks.get().result()
+            runner.segment(running)
+            send({"computed": running.task.study})
+            writer.submit(runner.finish, running)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Every study of a batch ends once, whole, whatever happens to files, processes, disk and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from studies import NAME, complete, write_pipeline, write_study
+
+import medseg
+from medseg import cli
+from medseg.errors import ModelError, OutputError, UnreadableFile, UsageError
+from medseg.io import load
+from medseg.study.batch import Options, Progress, run_batch
+from medseg.study.cohort import find_cohort
+
+ROOT = Path(__file__).parents[1]
+SECRETS = (NAME, "DOE", "ID000", "ACC000", "1.2.3.")
+TORCH = Options(runtime="torch", threads=1)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path / "pipeline")
+
+
+def command(pipeline: Path, studies: Path, out: Path, *options: str) -> list[str]:
+    start = [sys.executable, "-m", "medseg", "batch", str(pipeline), str(studies), str(out)]
+    return [*start, "--runtime", "torch", "--threads", "1", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def assert_no_secret(out: Path, *texts: str) -> None:
+    """Check that nothing but the private folder leads back to a patient, a path or a UID."""
+    shown = [*texts]
+    for path in out.rglob("*"):
+        if path.is_file() and "private" not in path.parts:
+            shown.append(path.read_bytes().decode("latin-1"))
+        shown.append(str(path.relative_to(out)))
+    assert not [secret for secret in SECRETS for text in shown if secret in text]
+
+
+class TestCohort:
+    def test_studies_are_found_by_their_uid_and_what_is_unreadable_belongs_to_them(self, tmp_path):
+        for number in range(3):
+            write_study(tmp_path, number)
+        (tmp_path / "DOE_JANE_0").rename(tmp_path / "first")
+        next((tmp_path / "first").iterdir()).rename(tmp_path / "one of the first")
+        (tmp_path / "DOE_JANE_1" / "x.dcm").touch()
+        (tmp_path / "alone").mkdir()
+        (tmp_path / "alone" / "x.dcm").touch()
+        (tmp_path / "notes.txt").write_text("no DICOM")
+        (tmp_path / "packed.zip").touch()
+        found = {entry.identity: len(entry.files) for entry in find_cohort(tmp_path)}
+        assert found == {
+            "study 1.2.3.0": 8,
+            "study 1.2.3.1": 9,
+            "study 1.2.3.2": 8,
+            "path alone/x.dcm": 1,
+            "archive packed.zip": 1,
+        }
+
+    def test_shards_are_parts_of_the_whole(self, tmp_path):
+        for number in range(7):
+            write_study(tmp_path, number)
+        parts = [find_cohort(tmp_path, (part, 3)) for part in (1, 2, 3)]
+        assert sorted(entry.uid for part in parts for entry in part) == [f"1.2.3.{number}" for number in range(7)]
+        assert max(map(len, parts)) < 7
+        for wrong in ((0, 3), (4, 3)):
+            with pytest.raises(UsageError, match="A shard is i/n"):
+                find_cohort(tmp_path, wrong)
+
+    def test_a_folder_without_permission_is_not_forgotten(self, tmp_path, monkeypatch):
+        write_study(tmp_path, 1)
+        write_study(tmp_path, 2)
+        closed = {tmp_path / "DOE_JANE_2", tmp_path / "DOE_JANE_1" / "more"}
+        (tmp_path / "DOE_JANE_1" / "more").mkdir()
+        real = os.scandir
+
+        def scandir(path: str) -> object:
+            if Path(path) in closed:  # the tests may run as root, whom no permission stops
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr("os.scandir", scandir)
+        found = {entry.identity: entry.files for entry in find_cohort(tmp_path)}
+        assert set(found) == {"study 1.2.3.1", "path DOE_JANE_2"}
+        assert tmp_path / "DOE_JANE_1" / "more" in found["study 1.2.3.1"]
+
+
+def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    for number in range(6):
+        write_study(studies, number)
+    cut = sorted((studies / "DOE_JANE_2").iterdir())[3]
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-40])
+    sorted((studies / "DOE_JANE_3").iterdir(), key=height)[4].unlink()
+    shutil.make_archive(studies / "DOE_ZIPPED", "zip", studies / "DOE_JANE_4")
+    shutil.rmtree(studies / "DOE_JANE_4")
+    monkeypatch.setattr(sys, "argv", command(pipeline, studies, out, "--json")[2:])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 1
+    assert sorted((row["status"], row["reason"]) for row in json.loads(shown.out)) == [
+        ("done", None), ("done", None), ("done", None), ("done", None),
+        ("failed", "unreadable"), ("refused", "missing_slice"),
+    ]  # fmt: skip
+    assert sorted(complete(out).values()) == ["done"] * 4 + ["failed", "refused"]
+    assert_no_secret(out, shown.out, shown.err)
+    assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
+    assert len((out / "summary.csv").read_text().splitlines()) == 7
+    done = next(one for one in out.glob("*/manifest.json") if json.loads(one.read_text())["status"] == "done")
+    assert load(done.parent / "labels.nii.gz").grid.shape == (12, 10, 8)
+    manifest = json.loads(done.read_text())
+    assert manifest["series"][0]["channels"] == {"CT": "taken"}
+    assert {"medseg", "python", "pydicom"} <= set(manifest["versions"])
+    assert manifest["run"]["runtime"] == "torch"
+    assert len(manifest["inputs"]["used"]) == 8
+
+    cut.write_bytes(whole)  # copied again; and two that were done are not what they were
+    changed = sorted((studies / "DOE_JANE_0").iterdir())[0]
+    touched = changed.stat()
+    content = bytearray(changed.read_bytes())
+    content[-2] ^= 1
+    changed.write_bytes(content)
+    os.utime(changed, ns=(touched.st_atime_ns, touched.st_mtime_ns))  # only its content tells
+    outcomes = run_batch(pipeline, studies, out, Options(runtime="torch", threads=1, verify="full"))
+    fresh = [one for one in outcomes if not one.kept]
+    assert [one.status for one in fresh] == ["done", "done"]
+    assert sorted(complete(out).values()) == ["done"] * 5 + ["refused"]
+    assert outcomes[0].volumes_ml.keys() == {"ball"}
+
+    began = time.monotonic()  # nothing is left to do: no network is loaded
+    assert all(one.kept for one in medseg.run_batch(pipeline, studies, out, TORCH))
+    assert time.monotonic() - began < 60
+
+
+def height(path: Path) -> float:
+    import pydicom
+
+    return float(pydicom.dcmread(path).ImagePositionPatient[2])
+
+
+def test_a_study_that_kills_its_worker_twice_is_marked_and_the_rest_completes(tmp_path, pipeline):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    for number in range(3):
+        write_study(studies, number)
+    killed: set[int] = set()
+
+    def kill(now: Progress) -> None:
+        for pid, _, path, _, _ in now.running:
+            if path.name == "DOE_JANE_1" and pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+
+    outcomes = run_batch(pipeline, studies, out, TORCH, progress=kill)
+    assert len(killed) == 2
+    assert [(one.path.name, one.status, one.reason) for one in outcomes] == [
+        ("DOE_JANE_0", "done", None),
+        ("DOE_JANE_1", "failed", "killed_worker"),
+        ("DOE_JANE_2", "done", None),
+    ]
+    assert sorted(complete(out).values()) == ["done", "done", "failed"]
+    assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
+
+
+@pytest.mark.parametrize(("count", "kills"), [(3, 2), pytest.param(30, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["client", "worker"])
+def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline, count, kills, victim):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    for number in range(count):
+        write_study(studies, number)
+    chance = random.Random(count)
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(pipeline, studies, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        until = time.monotonic() + chance.uniform(0, 20)
+        while process.poll() is None and time.monotonic() < until:
+            if out.exists():
+                complete(out)
+            time.sleep(0.02)
+        workers = children(process.pid)
+        os.kill(process.pid if victim == "client" or not workers else chance.choice(workers), signal.SIGKILL)
+        process.wait(300)
+        for worker in workers:
+            wait_for_end(worker)
+    done = subprocess.run(
+        command(pipeline, studies, out), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(complete(out).values()) == ["done"] * count
+    assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
+    assert_no_secret(out, done.stdout, done.stderr)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a worker whose parent was killed has noticed it."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_full_disk_fails_studies_and_leaves_no_part_of_them(tmp_path, pipeline):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    write_study(studies, 0)
+    write_study(studies, 1)
+    limit = 1000
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code = f"open({str(tmp_path / 'probe')!r}, 'wb').write(bytes({limit + 1}))"
+    bites = subprocess.run([sys.executable, "-c", code], preexec_fn=small_files, capture_output=True, check=False)
+    assert bites.returncode == 1
+    done = subprocess.run(
+        command(pipeline, studies, out), env=environment(), preexec_fn=small_files, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "failed, output: The file could not be written: File too large" in done.stdout
+    assert complete(out) == {}
+    assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
+    assert_no_secret(out, done.stdout)
+    assert [one.status for one in run_batch(pipeline, studies, out, TORCH)] == ["done", "done"]
+
+
+def test_a_folder_that_another_user_may_only_read(pipeline):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        out = Path(folder) / "out"
+        out.mkdir(mode=0o755)
+
+        def become_nobody() -> None:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+        # Forked, since the interpreter may lie where nobody may look.
+        pid = os.fork()
+        if pid == 0:
+            from medseg.study.ledger import Ledger
+
+            become_nobody()
+            try:
+                (out / "probe").touch()
+            except PermissionError:
+                try:
+                    Ledger.open(out)
+                except OutputError as error:
+                    os._exit(0 if "cannot be used: Permission denied" in str(error) else 3)
+            os._exit(4)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert not [*out.iterdir()]
+
+
+@pytest.mark.slow
+def test_a_study_that_exhausts_memory_fails_and_the_rest_completes(tmp_path, pipeline):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    write_study(studies, 0)
+    write_study(studies, 1, Rows=20000, Columns=20000, PixelData=b"\0\0")
+    for path in (studies / "DOE_JANE_1").iterdir():
+        data = path.read_bytes()
+        start = data.rindex(b"\xe0\x7f\x10\x00OW")  # a sparse file: the pixels take no room on the disk
+        size = 2 * 20000 * 20000
+        path.write_bytes(data[: start + 8] + size.to_bytes(4, "little"))
+        with path.open("r+b") as file:
+            file.truncate(start + 12 + size)
+    limit = 7 * 2**30
+
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    done = subprocess.run(
+        command(pipeline, studies, out), env=environment(), preexec_fn=little_memory, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert sorted(complete(out).values()) == ["done", "failed"]
+    assert "failed, out_of_memory" in done.stdout or "failed, killed_worker" in done.stdout
+
+
+def test_wrong_use_is_said_before_anything_is_made(tmp_path, pipeline):
+    write_study(tmp_path / "studies", 0)
+    with pytest.raises(UsageError, match="at least one worker"):
+        run_batch(pipeline, tmp_path / "studies", tmp_path / "out", Options(workers=0))
+    with pytest.raises(UsageError, match="would lie among the studies"):
+        run_batch(pipeline, tmp_path / "studies", tmp_path / "studies" / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UnreadableFile, match="no DICOM file here"):
+        run_batch(pipeline, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_cannot_be_loaded_ends_the_batch(tmp_path, pipeline):
+    write_study(tmp_path / "studies", 0)
+    (tmp_path / "pipeline" / "model" / "fold_0.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)
+    assert complete(tmp_path / "out") == {}
+
+
+def test_the_series_of_a_study_that_was_interpolated_is_recorded(tmp_path, pipeline):
+    from dicom_files import write_series
+
+    write_series(tmp_path / "studies", [0, 1, 1.9, 3, 4, 5, 6, 7], shape=(10, 12), StudyInstanceUID="1.2.3.9")
+    (outcome,) = run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)
+    manifest = json.loads((tmp_path / "out" / outcome.study / "manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert (manifest["series"][0]["verdict"], manifest["series"][0]["reason"]) == ("repaired", "irregular_spacing")
+    labels = load(tmp_path / "out" / outcome.study / "labels.nii.gz")
+    assert np.allclose(labels.grid.spacing_mm[:2], (1.25, 0.75))

@@ -1,0 +1,298 @@
+"""Studies are found whole, series are parted into stacks, and every stack has a verdict."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import ORIENTATIONS, assert_every_pixel_in_place, decimals, normal_of, pixels_in_space, write_series
+from multiframe_files import write_enhanced
+
+from medseg.errors import InputError, SeriesRefused, UnreadableFile
+from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
+from medseg.io.dicom_series import find_series, read, read_series
+from medseg.study.archive import opened, unpack
+from medseg.study.describe import describe_studies, series_names
+from medseg.study.find import find_studies
+
+FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+
+
+def series_of(folder: Path):
+    (study,) = find_studies(folder)
+    assert not study.problems
+    return study.series
+
+
+def echoes(k: float) -> dict:
+    """Return two echoes at the same five positions."""
+    return {"EchoTime": 5 if k < 5 else 10, "ImagePositionPatient": [0, 0, 2.5 * (k % 5)]}
+
+
+class TestStacks:
+    def test_studies_and_series_are_told_apart_whatever_the_folders(self, tmp_path):
+        for study in ("1.2.1", "1.2.2"):
+            for series in ("1.3.1", "1.3.2"):
+                write_series(
+                    tmp_path / "all" / study / series, StudyInstanceUID=study, SeriesInstanceUID=study + series
+                )
+        studies = find_studies(tmp_path)
+        assert sorted(study.uid for study in studies) == ["1.2.1", "1.2.2"]
+        assert [len(study.series) for study in studies] == [2, 2]
+        assert sum(len(study.files) for study in studies) == 20
+
+    def test_files_without_a_study_make_one_for_each_folder(self, tmp_path):
+        write_series(tmp_path / "a")
+        write_series(tmp_path / "b")
+        assert [study.uid for study in find_studies(tmp_path)] == ["", ""]
+
+    @pytest.mark.parametrize(
+        "each",
+        [
+            echoes,
+            lambda k: echoes(k) | {"EchoTime": None, "AcquisitionNumber": 1 if k < 5 else 2},
+            lambda k: echoes(k) | {"EchoTime": None, "TemporalPositionIdentifier": 1 if k < 5 else 2},
+            lambda k: echoes(k) | {"EchoTime": None, "ImageType": ["ORIGINAL", "PRIMARY", "M" if k < 5 else "P"]},
+            lambda k: echoes(k) | {"EchoTime": None, "AcquisitionTime": "101010" if k < 5 else "101112"},
+        ],
+    )
+    def test_stacks_at_the_same_positions_are_parted_by_what_tells_them_apart(self, tmp_path, each):
+        write_series(tmp_path, range(10), each=each)
+        series = series_of(tmp_path)
+        assert [one.verdict for one in series] == ["accepted", "accepted"]
+        assert [one.n_slices for one in series] == [5, 5]
+        with pytest.raises(SeriesRefused, match="more than one stack"):
+            read(tmp_path)
+
+    def test_two_elements_together_part_four_stacks(self, tmp_path):
+        write_series(
+            tmp_path,
+            range(20),
+            each=lambda k: echoes(k % 10) | {"AcquisitionNumber": 1 + k // 10},
+        )
+        assert [one.n_slices for one in series_of(tmp_path)] == [5, 5, 5, 5]
+
+    def test_copies_that_nothing_tells_apart_are_refused(self, tmp_path):
+        write_series(tmp_path, range(10), each=lambda k: {"ImagePositionPatient": [0, 0, 2.5 * (k % 5)]})
+        (series,) = series_of(tmp_path)
+        assert (series.verdict, series.refusal.reason) == ("refused", "duplicate_positions")
+
+    def test_orientation_matrix_spacing_and_frame_always_part(self, tmp_path):
+        def each(k: float) -> dict:
+            kinds = [{}, {"ImageOrientationPatient": ORIENTATIONS["sagittal"]}, {"PixelSpacing": [2, 2]}]
+            kinds += [{"FrameOfReferenceUID": "1.9"}, {"Rows": 3}]
+            return {**kinds[int(k) % 5], "ImagePositionPatient": [2.5 * (k // 5)] * 3}
+
+        write_series(tmp_path, range(20), each=each)
+        assert [one.n_slices for one in series_of(tmp_path)] == [4] * 5
+
+    def test_a_localizer_inside_a_series_is_a_stack_of_its_own(self, tmp_path):
+        write_series(
+            tmp_path, [*range(5), 40], each=lambda k: {"ImageType": ["A", "B", "LOCALIZER"]} if k == 40 else {}
+        )
+        series = series_of(tmp_path)
+        assert [(one.n_slices, one.verdict) for one in series] == [(5, "accepted"), (1, "refused")]
+
+    def test_interleaved_acquisitions_are_parted_and_not_mixed(self, tmp_path):
+        def each(k: float) -> dict:
+            return {"AcquisitionNumber": 1 if k < 10 else 2, "ImagePositionPatient": [0, 0, 3 * (k % 10) + (k >= 10)]}
+
+        write_series(tmp_path, [*range(6), *range(10, 16)], each=each)
+        series = series_of(tmp_path)
+        assert [one.verdict for one in series] == ["accepted", "accepted"]
+        assert [one.grid.spacing_mm[2] for one in series] == pytest.approx([3, 3])
+
+    def test_a_scan_whose_steps_change_on_the_way_stays_one(self, tmp_path):
+        def each(k: float) -> dict:
+            return {
+                "AcquisitionNumber": 1 if k < 5 else 2,
+                "ImagePositionPatient": [0, 0, k * 2 if k < 5 else 3 * k - 5],
+            }
+
+        write_series(tmp_path, range(10), each=each)
+        (series,) = series_of(tmp_path)
+        assert series.verdict == "repaired"
+
+
+class TestRepair:
+    def test_irregular_steps_are_interpolated_onto_a_regular_grid(self, tmp_path):
+        heights = [0, 2, 4, 7, 10, 11.5]
+        places = [[0, 0, mm] for mm in heights]
+        write_series(
+            tmp_path, range(6), shape=(1, 2),
+            each=lambda k: {
+                "ImagePositionPatient": places[k],
+                "PixelData": np.array([100 * heights[k], -heights[k]], "<i2").tobytes(),
+            },
+        )  # fmt: skip
+        with pytest.raises(SeriesRefused, match=r"pipeline interpolates steps of up to 5 mm"):
+            read(tmp_path)
+        (series,) = series_of(tmp_path)
+        assert series.verdict == "repaired"
+        volume = read_series(series)
+        step = 11.5 / 8  # the closest to the smallest step, 1.5 mm, that ends where the slices do
+        assert volume.grid.shape == (2, 1, 9)
+        assert volume.grid.spacing_mm[2] == pytest.approx(step)
+        np.testing.assert_allclose(volume.grid.to_world((0, 0, 8)), [0, 0, 11.5], atol=1e-9)
+        assert volume.array.dtype == np.int16
+        # Values that grow evenly along the normal are found exactly between slices, too.
+        np.testing.assert_allclose(volume.array[0, 0, 0], 100 * step * np.arange(9), atol=0.5)
+
+    def test_a_tilted_stack_with_irregular_steps_stays_tilted(self, tmp_path):
+        way = normal_of(ORIENTATIONS["oblique"]) + 0.2 * np.array(ORIENTATIONS["oblique"][:3])
+        write_series(tmp_path, [0, 1, 2.5, 3.5, 4.5], orientation=ORIENTATIONS["oblique"], step_mm=2 * way)
+        (series,) = series_of(tmp_path)
+        assert series.regular_grid is not None
+        assert not series.regular_grid.is_orthogonal
+        measures = stack_measures(np.array([part.plane for part in series.slices]))
+        assert measures["tilt_deg"] == pytest.approx(np.degrees(np.arctan(0.2)))
+        assert measures["shear_mm"] == pytest.approx(0.2 * 9)
+        assert (measures["step_min_mm"], measures["step_max_mm"]) == pytest.approx((2, 3))
+
+    @pytest.mark.parametrize(
+        ("heights", "reason"),
+        [
+            ([0, 2, 4, 4 + LARGEST_GAP_MM + 0.5, 12], "irregular_spacing"),  # a gap above the limit
+            ([0, 2, 4, 8, 10], "missing_slice"),
+        ],
+    )
+    def test_gaps_are_not_interpolated(self, tmp_path, heights, reason):
+        write_series(tmp_path, range(5), each=lambda k: {"ImagePositionPatient": [0, 0, heights[k]]})
+        (series,) = series_of(tmp_path)
+        assert (series.verdict, series.refusal.reason) == ("refused", reason)
+        with pytest.raises(SeriesRefused):
+            read_series(series)
+
+    def test_a_slice_beside_the_line_is_not_moved(self, tmp_path):
+        write_series(tmp_path, each=lambda k: {"ImagePositionPatient": [k == 2, 0, 2.5 * k]})
+        assert [one.verdict for one in series_of(tmp_path)] == ["refused"]
+
+
+class TestMultiFrame:
+    @pytest.mark.parametrize("name", ORIENTATIONS)
+    def test_each_frame_lies_where_its_groups_say(self, tmp_path, name):
+        write_series(tmp_path / "single", orientation=ORIENTATIONS[name], RescaleSlope="2", RescaleIntercept="-5")
+        write_enhanced(tmp_path / "single", tmp_path / "enhanced")
+        volume = read(tmp_path / "enhanced")
+        assert_every_pixel_in_place(volume, tmp_path / "single")
+        assert volume.grid.matches(read(tmp_path / "single").grid, 1e-9)
+
+    def test_frames_of_two_echoes_are_two_stacks(self, tmp_path):
+        write_series(tmp_path / "single", range(10), each=echoes)
+        write_enhanced(tmp_path / "single", tmp_path / "enhanced")
+        series = series_of(tmp_path / "enhanced")
+        assert [(one.n_slices, one.verdict) for one in series] == [(5, "accepted")] * 2
+        with pytest.raises(SeriesRefused, match=r"differ in .*EchoTime \(2 values\)"):
+            read(tmp_path / "enhanced")
+        values = {one.slices[0].variants: read_series(one).array for one in series}
+        expected = {}
+        for path in (tmp_path / "single").iterdir():
+            data = pydicom.dcmread(path)
+            expected.setdefault(float(data.EchoTime), []).append((data.ImagePositionPatient[2], data.pixel_array))
+        stacks = [
+            np.stack([array.T for _, array in sorted(part, key=lambda one: one[0])], 2) for part in expected.values()
+        ]
+        assert all(any(np.array_equal(array[0], stack) for stack in stacks) for array in values.values())
+
+    def test_inverted_gray_values_are_left_as_they_are(self, tmp_path):
+        write_series(tmp_path, PhotometricInterpretation="MONOCHROME1")
+        assert_every_pixel_in_place(read(tmp_path), tmp_path)
+
+
+class TestPlaces:
+    def test_a_dicomdir_names_the_files(self, tmp_path):
+        shutil.copytree(FILES / "dicomdirtests", tmp_path / "cd")
+        (tmp_path / "cd" / "beside.dcm").write_bytes((FILES / "CT_small.dcm").read_bytes())
+        found = find_studies(tmp_path / "cd" / "DICOMDIR")
+        files = [file for study in found for file in study.files]
+        assert not [problem for study in found for problem in study.problems]
+        named = pydicom.dcmread(tmp_path / "cd" / "DICOMDIR").DirectoryRecordSequence
+        assert len(files) == sum("ReferencedFileID" in record for record in named) > 20
+        files[0].unlink()
+        problems = [problem for study in find_studies(tmp_path / "cd" / "DICOMDIR") for problem in study.problems]
+        assert {(problem.reason, problem.path) for problem in problems} == {("missing", files[0])}
+
+    def test_an_archive_is_unpacked_and_gone_again(self, tmp_path):
+        write_series(tmp_path / "study" / "a", SeriesInstanceUID="")
+        write_series(tmp_path / "study" / "b", SeriesInstanceUID="")
+        shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "study")
+        with opened(tmp_path / "packed.zip") as folder:
+            assert len(find_studies(folder)) == 2
+            volumes = [read(part) for part in sorted(folder.iterdir())]
+        assert not folder.exists()
+        assert [volume.grid.shape for volume in volumes] == [(6, 4, 5)] * 2
+
+    @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil", "C:\\evil"])
+    def test_an_archive_that_points_elsewhere_is_not_unpacked(self, tmp_path, name):
+        with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+            archive.writestr("good", "content")
+            member = zipfile.ZipInfo("x")
+            member.filename = name
+            archive.writestr(member, "evil")
+        (tmp_path / "out").mkdir()
+        with pytest.raises(InputError, match="written outside of its folder") as caught:
+            unpack(tmp_path / "bad.zip", tmp_path / "out")
+        assert caught.value.reason == "unsafe_archive"
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["bad.zip", "out"]
+
+    def test_an_archive_that_grows_too_large_is_stopped(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("zeros", bytes(10_000_000))
+        (tmp_path / "out").mkdir()
+        with pytest.raises(InputError, match="unpacks to more than"):
+            unpack(tmp_path / "bomb.zip", tmp_path / "out", largest=1_000_000)
+        assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) <= 2_000_000
+
+    def test_a_damaged_archive_is_unreadable(self, tmp_path):
+        (tmp_path / "bad.zip").write_bytes(b"PK no zip")
+        with pytest.raises(UnreadableFile, match="damaged or no zip"), opened(tmp_path / "bad.zip"):
+            pass
+
+    def test_what_cannot_be_read_is_listed_with_the_study_beside_it(self, tmp_path):
+        write_series(tmp_path / "a", StudyInstanceUID="1.2")
+        write_series(tmp_path / "b", StudyInstanceUID="1.3")
+        (tmp_path / "a" / "cut.dcm").write_bytes(b"")
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "cut").write_bytes(next((tmp_path / "b").iterdir()).read_bytes()[:300])
+        (tmp_path / "b" / "notes.txt").write_text("no DICOM")
+        problems = {study.uid: [error.path.name for error in study.problems] for study in find_studies(tmp_path)}
+        assert problems == {"1.2": ["cut.dcm"], "1.3": [], "": ["cut"]}
+
+    def test_nothing_there(self, tmp_path):
+        assert find_studies(tmp_path) == []
+        with pytest.raises(UnreadableFile, match="no DICOM file here"):
+            describe_studies(tmp_path)
+        with pytest.raises(UnreadableFile, match="does not exist"):
+            find_studies(tmp_path / "nowhere")
+
+
+class TestDescriptions:
+    def test_nothing_of_the_patient_is_shown_unless_asked_for(self, tmp_path):
+        write_series(tmp_path, SeriesDescription="Doe^Jane T1", SeriesNumber=3, PatientID="12345")
+        facts = describe_studies(tmp_path)
+        text = str(facts)
+        assert "Doe" not in text
+        assert "12345" not in text
+        assert str(tmp_path) not in text
+        assert "1.2.826" not in text
+        assert facts["series"][0]["verdict"] == "accepted"
+        assert describe_studies(tmp_path, descriptions=True)["series"][0]["description"] == "Doe^Jane T1"
+
+    def test_parts_of_a_series_have_names(self, tmp_path):
+        write_series(tmp_path, range(10), each=echoes, SeriesNumber=4)
+        (study,) = find_studies(tmp_path)
+        assert series_names(study) == ["4/1", "4/2"]
+
+
+def test_the_strict_reader_is_as_strict_as_before(tmp_path):
+    write_series(tmp_path, [0, 1, 1.9, 3, 4])
+    (series,) = find_series(tmp_path)
+    assert series.grid is None
+    with pytest.raises(SeriesRefused, match="equal steps") as caught:
+        read(tmp_path)
+    assert caught.value.reason == "irregular_spacing"
+    assert decimals([1.5]) and len([*pixels_in_space(tmp_path)]) == 5
