@@ -47,6 +47,7 @@ Assume = Annotated[
     str | None,
     typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
 ]
+Start = Annotated[str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")]
 Uncertainty = Annotated[
     bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")
@@ -186,15 +187,34 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
 
 
 @app.command()
+def plan(
+    dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
+    model: Annotated[Path, typer.Argument(help="The model folder to make; a plan.json that is there is explained.")],
+    start: Start = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a dataset and decide how a model will be trained on it; print what was decided and why."""
+    from medseg.train.fingerprint import Fingerprint
+    from medseg.train.loop import plan_dataset
+    from medseg.train.planner import explain
+
+    with progress() as show:
+        _, made = plan_dataset(dataset, model, start=start, progress=lambda now: show(now.stage, now.done, ""))
+    rows = explain(Fingerprint.load(model / "fingerprint.json"), made)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(str(model / "plan.json"), rows)
+
+
+@app.command()
 def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
     model: Annotated[Path, typer.Argument(help="The model folder to make, or to go on with.")],
     budget: Annotated[str, typer.Option(help="Training time or steps: 30m, 8h, 20epochs, 500steps.")] = "30m",
     fold: Annotated[int, typer.Option(help="Which part of the cases is kept aside for validation, from 0.")] = 0,
     folds: Annotated[int, typer.Option(help="How many parts there are.", min=2)] = 5,
-    start: Annotated[
-        str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")
-    ] = None,
+    start: Start = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

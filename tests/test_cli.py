@@ -268,6 +268,19 @@ def test_a_warning_is_one_line_without_a_file_name(run, monkeypatch, scan):
     assert (code, err) == (0, "warning: This file is odd.\n")
 
 
+def test_plan_says_why_and_training_follows_it(run, tmp_path):
+    dataset = make_balls(tmp_path / "balls", cases=4, shape=(16, 18, 14))
+    code, out, err = run("plan", dataset, tmp_path / "model")
+    assert (code, err) == (0, "")
+    assert "median" in out
+    rows = json.loads(run("plan", dataset, tmp_path / "model", "--json")[1])
+    assert {row["decision"] for row in rows} >= {"spacing_mm", "patch", "network"}
+    assert (tmp_path / "model/plan.json").is_file()
+    code, _, err = run("plan", dataset, tmp_path / "other", "--from", tmp_path / "model")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "other/plan.json").read_text() == (tmp_path / "model/plan.json").read_text()
+
+
 def test_train_segment_evaluate(run, tmp_path):
     dataset = make_balls(tmp_path / "balls", cases=4, shape=(10, 12, 10))
     command = ("train", dataset, tmp_path / "model", "--budget", "2steps", "--folds", 2)

@@ -14,6 +14,7 @@ from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
 from medseg.train.planner import (
     PATCH_VOXELS,
+    explain,
     first_patch,
     make_plan,
     mirror_axes,
@@ -34,6 +35,23 @@ def planned(cases, channel="MR"):
     return make_plan(
         Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
     )
+
+
+def test_a_plan_is_explained_and_what_somebody_changed_is_said_so():
+    print_of = Fingerprint(
+        name="x",
+        channels=("MR",),
+        labels=make_labels([(1, "organ"), (2, "cyst")]),
+        cases=(facts((1, 1, 1), (36, 50, 35)), facts((1, 1, 2), (36, 50, 35))),
+        intensities=(NUMBERS,),
+    )
+    plan = make_plan(print_of)
+    rows = {row["decision"]: row for row in explain(print_of, plan)}
+    assert rows["spacing_mm"]["value"] == "1 x 1 x 1.5"
+    assert "from 1 x 1 x 1 to 1 x 1 x 2" in rows["spacing_mm"]["why"]
+    assert "cyst, is in 0 of 2 cases" in rows["labels"]["why"]
+    changed = explain(print_of, plan.model_copy(update={"spacing_mm": (2.0, 2.0, 2.0)}))
+    assert [row["decision"] for row in changed if row["why"].startswith("yours")] == ["spacing_mm"]
 
 
 def test_hippocampus_gets_nnunets_patch_and_topology():

@@ -78,20 +78,36 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
-    cases = read_dataset(dataset)
-    plan_file, settings_file = where / "plan.json", where / "train.json"
-    if not plan_file.is_file():
-        facts = fingerprint(cases, progress=_in_stage("look", progress))
-        _make_folder(where)
-        facts.save(where / "fingerprint.json")
-        (make_plan(facts) if start is None else plan_from(start, cases)).save(plan_file)
+    settings_file = where / "train.json"
+    cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
     settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
     settings = settings.model_copy(update={"folds": folds})
-    plan = Plan.load(plan_file)
     model = train_model(
         cases, plan, where, budget=budget, fold=fold, settings=settings, start=start, device=device, progress=progress
     )
     return validate_fold(model, cases, where, fold=fold, progress=progress)
+
+
+def plan_dataset(
+    dataset: str | PathLike[str],
+    folder: str | PathLike[str],
+    *,
+    start: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Dataset, Plan]:
+    """Return a dataset and the plan of a model folder, which is made, with fingerprint.json, where it is not there.
+
+    With `start` it is the plan of that model with the labels of the dataset.
+    Raises what `read_dataset`, `fingerprint` and `plan_from` raise.
+    """
+    where = Path(folder)
+    cases = read_dataset(dataset)
+    if not (where / "plan.json").is_file():
+        facts = fingerprint(cases, progress=_in_stage("look", progress))
+        _make_folder(where)
+        facts.save(where / "fingerprint.json")
+        (make_plan(facts) if start is None else plan_from(start, cases)).save(where / "plan.json")
+    return cases, Plan.load(where / "plan.json")
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's

@@ -6,7 +6,7 @@ Kinds of rules, after Isensee et al., "nnU-Net", Nature Methods 2021: *fixed* (t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -50,6 +50,56 @@ def make_plan(fingerprint: Fingerprint) -> Plan:
         mirror_axes=mirror_axes(fingerprint.labels),
         network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
     )
+
+
+def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
+    """Return a row for each decision of a plan: what it is, what was decided, and what in the dataset speaks for it.
+
+    A value that is not what `make_plan` decides is said to be the user's.
+    """
+    spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
+    shape = median_shape(fingerprint.cases, plan.spacing_mm)
+    nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
+    kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.network.kernels)
+    low, high = (_joined(np.percentile(spacings, share, axis=0)) for share in (0, 100))
+    median = _joined(np.median(spacings, axis=0))
+    reasons = {
+        "orientation": (plan.orientation, "fixed: every image is turned the same way before anything else"),
+        "spacing_mm": (_joined(plan.spacing_mm), f"rule: median of the cases is {median} mm, from {low} to {high}"),
+        "patch": (
+            _joined(plan.patch),
+            f"rule: the median case, {_joined(shape)}, within {PATCH_VOXELS} voxels",
+        ),
+        "network": (
+            f"{len(plan.network.strides)} resolutions, features {_joined(plan.network.features)}, kernels {kernels}",
+            "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest",
+        ),
+        "channels": (
+            ", ".join(f"{channel.name}: {channel.normalization.kind}" for channel in plan.channels),
+            f"rule: CT by the numbers of the dataset, others by their own; {100 * nonzero:.0f} % of an image is not 0",
+        ),
+        "mirror_axes": (_joined(plan.mirror_axes) or "none", "empirical: left-right, unless a label has a side"),
+        "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
+    }
+    own = make_plan(fingerprint)
+    changed = {field for field in reasons if getattr(plan, field) != getattr(own, field)}
+    return [
+        {"decision": field, "value": value, "why": "yours, or of the model to begin with" if field in changed else why}
+        for field, (value, why) in reasons.items()
+    ]
+
+
+def _rarest(fingerprint: Fingerprint) -> str:
+    cases = {
+        label.name: sum(case.label_voxels.get(label.value, 0) > 0 for case in fingerprint.cases)
+        for label in fingerprint.labels
+    }
+    name = min(cases, key=lambda name: cases[name])
+    return f"the rarest, {name}, is in {cases[name]} of {len(fingerprint.cases)} cases"
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def target_spacing(spacings_mm: Sequence[Numbers]) -> Numbers:
