@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from medseg.errors import MedsegError
     from medseg.io import load, save
+    from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg
+    from medseg.io.rtstruct import load_rtstruct, save_rtstruct
     from medseg.model.segmenter import Model
+    from medseg.report.dicom_sr import save_dicom_sr
+    from medseg.report.measurements import measure
     from medseg.report.metrics import evaluate_folder
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate
@@ -31,9 +35,15 @@ __all__ = [
     "evaluate_folder",
     "fingerprint",
     "load",
+    "load_dicom_seg",
+    "load_rtstruct",
     "make_plan",
+    "measure",
     "read_dataset",
     "save",
+    "save_dicom_seg",
+    "save_dicom_sr",
+    "save_rtstruct",
     "train_model",
 ]
 
@@ -46,9 +56,15 @@ _HOME = {
     "evaluate_folder": "report.metrics",
     "fingerprint": "train.fingerprint",
     "load": "io",
+    "load_dicom_seg": "io.dicom_seg",
+    "load_rtstruct": "io.rtstruct",
     "make_plan": "train.planner",
+    "measure": "report.measurements",
     "read_dataset": "train.dataset",
     "save": "io",
+    "save_dicom_seg": "io.dicom_seg",
+    "save_dicom_sr": "report.dicom_sr",
+    "save_rtstruct": "io.rtstruct",
     "train_model": "train.loop",
 }
 
