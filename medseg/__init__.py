@@ -13,8 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from medseg.errors import MedsegError
     from medseg.io import load, save
+    from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg
+    from medseg.io.rtstruct import load_rtstruct, save_rtstruct
     from medseg.model.segmenter import Model
     from medseg.model.soft import SoftMaps
+    from medseg.report.dicom_sr import save_dicom_sr
+    from medseg.report.measurements import measure
     from medseg.report.metrics import evaluate_folder
     from medseg.study.batch import run_batch
     from medseg.train.dataset import read_dataset
@@ -34,10 +38,16 @@ __all__ = [
     "evaluate_folder",
     "fingerprint",
     "load",
+    "load_dicom_seg",
+    "load_rtstruct",
     "make_plan",
+    "measure",
     "read_dataset",
     "run_batch",
     "save",
+    "save_dicom_seg",
+    "save_dicom_sr",
+    "save_rtstruct",
     "train_model",
 ]
 
@@ -51,10 +61,16 @@ _HOME = {
     "evaluate_folder": "report.metrics",
     "fingerprint": "train.fingerprint",
     "load": "io",
+    "load_dicom_seg": "io.dicom_seg",
+    "load_rtstruct": "io.rtstruct",
     "make_plan": "train.planner",
+    "measure": "report.measurements",
     "read_dataset": "train.dataset",
     "run_batch": "study.batch",
     "save": "io",
+    "save_dicom_seg": "io.dicom_seg",
+    "save_dicom_sr": "report.dicom_sr",
+    "save_rtstruct": "io.rtstruct",
     "train_model": "train.loop",
 }
 

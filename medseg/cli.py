@@ -116,12 +116,28 @@ def info(
 
 
 @app.command()
-def convert(source: Path, target: Path, assume_orientation: Assume = None) -> None:
-    """Write any readable volume in another format (.nii.gz, .nii, .nrrd, .mha), in the same place."""
-    from medseg.io import load, save
+def convert(
+    path: Annotated[Path, typer.Argument(metavar="IN", help="A volume, a DICOM series, a DICOM SEG or RTSTRUCT.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A .nii.gz, .nii, .nrrd, .mha file; .dcm for labels as DICOM.")
+    ],
+    source: Annotated[
+        Path | None, typer.Option(help="The DICOM series that labels in a SEG or RTSTRUCT belong to.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="What a .dcm file is: seg (default), labelmap or rtstruct.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON with the names of labels; by default NAME.labels.json beside them.")
+    ] = None,
+    assume_orientation: Assume = None,
+) -> None:
+    """Write any readable volume in another format, in the same place; labels also as DICOM SEG and RTSTRUCT."""
+    from medseg.io.convert import convert as convert_file
 
-    volume = load(source, assume_orientation=assume_orientation)
-    save(volume, target, source=None if assume_orientation else source)
+    written = convert_file(path, target, source=source, kind=to, table=labels, assume_orientation=assume_orientation)
+    if written != [target]:
+        names = ", ".join(file.name for file in written)
+        told = f"The labels overlap and became one mask each: {names}." if written else "No label is set: no file."
+        out.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

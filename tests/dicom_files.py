@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
+import pytest
 from conftest import rotation
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 from pydicom.valuerep import DS
 
-from medseg.volume import Volume
+from medseg.volume import Grid, Volume
 
 PATIENT = "Doe^Jane"
 FRAME = "1.2.826.0.1.3680043.8.498.7"
+STUDY = {
+    "SpecificCharacterSet": "ISO_IR 100",
+    "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.8",
+    "PatientName": "Müller^Jörg",
+    "PatientID": "PID-4711",
+    "PatientBirthDate": "19550321",
+    "PatientSex": "M",
+    "PatientAge": "070Y",
+    "StudyDate": "20261122",
+    "StudyTime": "101112",
+    "StudyID": "S1",
+    "AccessionNumber": "A-0815",
+    "ReferringPhysicianName": "House^Gregory",
+    "StudyDescription": "secret",
+    "SliceThickness": "2.5",
+    "RescaleSlope": "1",
+    "RescaleIntercept": "0",
+}
+"""What a series needs, so that objects can refer to it, and some that they should not repeat."""
 
 AXIAL = [1, 0, 0, 0, 1, 0]
 ORIENTATIONS = {
@@ -27,6 +50,17 @@ ORIENTATIONS = {
     "coronal": [1, 0, 0, 0, 0, -1],
     "oblique": rotation((11, -23, 37))[:, :2].T.ravel().tolist(),
 }
+
+TILTED = [0, 0.5, 2.4]
+"""A step of the axial stack that is no normal: a gantry tilt."""
+
+SOURCES: dict[str, dict[str, Any]] = {
+    **{name: {"orientation": orientation} for name, orientation in ORIENTATIONS.items()},
+    "tilted": {"step_mm": TILTED},
+    "reversed": {"step_mm": [0, 0, -2.5]},
+    "one slice": {"slices": [0]},
+}
+"""What differs between kinds of series, as `write_series` takes it."""
 
 Each = Callable[[float], dict[str, Any]]
 
@@ -95,6 +129,44 @@ def write_series(
             data.compress(RLELossless)
         data.file_meta.TransferSyntaxUID = syntax
         data.save_as(folder / str(name), enforce_file_format=True)
+
+
+def write_source(folder: Path, kind: str = "axial", **tags: Any) -> Path:
+    """Write a series that objects can refer to, and return its folder."""
+    write_series(folder, **{"shape": (11, 13), **SOURCES[kind], **STUDY, **tags})
+    return folder
+
+
+def judge(program: str, package: str) -> str:
+    """Return the path of an outside program that judges our files; skips the test where it is not installed."""
+    found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"{program} is not installed; it comes with {package}")
+    return found
+
+
+EXPLAINED = (
+    "Dicom dataset contains invalid data values",  # a summary of lines that say which
+    "Study ID",  # the source's, which goes on as it is
+)
+"""What dciodvfy calls an error that is none of ours."""
+
+
+def errors_of_dciodvfy(path: Path, explained: Sequence[str] = EXPLAINED) -> list[str]:
+    """Return the errors that dciodvfy finds in a file, but for those that are explained."""
+    program = judge("dciodvfy", "the Debian package dicom3tools")
+    done = subprocess.run([program, path], capture_output=True, text=True, check=False, errors="replace")
+    lines = (done.stdout + done.stderr).splitlines()
+    assert any(line and not line.startswith(("Warning", "Error", "Abort")) for line in lines), "no IOD was recognized"
+    return [line for line in lines if line.startswith("Error") and not any(reason in line for reason in explained)]
+
+
+def some_labels(grid: Grid, values: Sequence[int] = (1, 2, 5)) -> Volume:
+    """Return labels with islands, holes, touching corners and voxels at the border; one slice stays empty."""
+    chosen = np.random.default_rng(3).choice([0, *values], size=(1, *grid.shape))
+    if grid.shape[2] > 2:
+        chosen[..., 1] = 0
+    return Volume(chosen.astype(np.uint8), grid)
 
 
 def pixels_in_space(folder: Path) -> Iterable[tuple[np.ndarray, np.ndarray]]:

@@ -74,10 +74,11 @@ def headers(slices: Sequence[Slice]) -> list[Dataset]:
     from pydicom import dcmread
 
     found = []
+    step_mm = _step_mm(slices)
     for part in slices:
         with parsing(part.path):
             tags = [*IDENTITY, *PATIENT_AND_STUDY, *OTHER]
-            header = _clean(dcmread(part.path, stop_before_pixels=True, specific_tags=tags), part)
+            header = _clean(dcmread(part.path, stop_before_pixels=True, specific_tags=tags), part, step_mm)
         missing = [name for name in IDENTITY if not header.get(name)]
         if missing:
             raise _unreferable(f"A file of the source does not state its {', '.join(missing)}", part.path)
@@ -157,7 +158,14 @@ def now() -> tuple[str, str]:
     return moment.strftime("%Y%m%d"), moment.strftime("%H%M%S")
 
 
-def _clean(data: Dataset, part: Slice) -> Dataset:
+def _step_mm(slices: Sequence[Slice]) -> float:
+    """Return the usual distance of two slices; of a single one, how thick it is."""
+    planes = np.array([part.plane for part in slices if part.plane is not None])
+    steps_mm = np.diff(planes[:, :3, 3] @ planes[0, :3, 2])
+    return float(np.median(np.abs(steps_mm))) if steps_mm.size else slices[0].thickness_mm
+
+
+def _clean(data: Dataset, part: Slice, step_mm: float) -> Dataset:
     from pydicom import Dataset
     from pydicom.valuerep import DS
 
@@ -178,9 +186,10 @@ def _clean(data: Dataset, part: Slice) -> Dataset:
         "ImagePositionPatient": plane[:3, 3],
         "ImageOrientationPatient": directions.T.ravel(),
         "PixelSpacing": (row_step, column_step),
-        "SliceThickness": [thickness if thickness > 0 else part.thickness_mm],
+        "SliceThickness": [thickness if thickness > 0 else step_mm],
     }.items():
-        setattr(header, name, [DS(float(value), auto_format=True) for value in values if np.isfinite(value)])
+        numbers = [DS(float(value), auto_format=True) for value in values]
+        setattr(header, name, numbers if len(numbers) > 1 else numbers[0])
     return header
 
 

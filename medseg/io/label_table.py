@@ -1,0 +1,43 @@
+"""Label tables as files: what the values of a label file mean, written beside it as NAME.labels.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from medseg.errors import InputError
+from medseg.io.files import reading, written_whole
+from medseg.labels import Label
+
+
+def write_table(table: Sequence[Label], path: str | os.PathLike[str]) -> None:
+    """Write a label table as JSON: a list of value, name, color and SNOMED CT code."""
+    with written_whole(path) as beside:
+        content = [label.model_dump() for label in table]
+        beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_table(path: str | os.PathLike[str]) -> tuple[Label, ...]:
+    """Return the label table of a JSON file: a list of labels, or an object with one as "labels", such as a plan.json.
+
+    Raises UnreadableFile where it is missing, InputError (`label_table`) where it is something else.
+    """
+    with reading(path):
+        text = Path(path).read_bytes()
+    try:
+        content = json.loads(text)
+        table = TypeAdapter(tuple[Label, ...]).validate_python(
+            content["labels"] if isinstance(content, dict) else content
+        )
+    except (ValueError, KeyError, ValidationError) as error:
+        raise InputError(
+            'A label table is a JSON list of labels such as {"value": 1, "name": "liver", "color": "#e6194b"}; this '
+            "file holds something else.",
+            path=path,
+            reason="label_table",
+        ) from error
+    return table

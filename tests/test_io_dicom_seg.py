@@ -1,0 +1,398 @@
+"""DICOM SEG, read back by us, by highdicom and by pydicom alone, and judged by dciodvfy and dcmqi."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import make_grid
+from dicom_files import (
+    SOURCES,
+    STUDY,
+    TILTED,
+    errors_of_dciodvfy,
+    judge,
+    some_labels,
+    write_series,
+    write_source,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import medseg
+from medseg.errors import GeometryError, InputError, OutputError, SeriesRefused, UsageError
+from medseg.io.dicom_references import code_of
+from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg, write
+from medseg.io.dicom_series import choose, find_series
+from medseg.io.regions import Regions, regions_of, volume_of
+from medseg.labels import Label, SnomedCode, make_labels
+from medseg.volume import Grid, Volume
+
+TABLE = (
+    Label(value=1, name="Füße", color="#ff0000"),
+    Label(value=2, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney")),
+    Label(value=5, name="liver", color="#0a141e"),
+    Label(value=7, name="not there", color="#ffffff"),
+)
+
+each_kind = pytest.mark.parametrize("kind", SOURCES)
+each_encoding = pytest.mark.parametrize("labelmap", [False, True], ids=["binary", "labelmap"])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "ct")
+
+
+def written(source: Path, *, values: tuple[int, ...] = (1, 2, 5), **options: Any) -> tuple[Volume, Path]:
+    labels = some_labels(choose(source)[1], values)
+    path = source.parent / "seg.dcm"
+    assert save_dicom_seg(labels, path, source=source, table=TABLE, **options) == path
+    return labels, path
+
+
+def renumbered(labels: Volume) -> np.ndarray:
+    """Return labels 1, 2, 5 as the segments 1, 2, 3."""
+    return np.searchsorted([0, 1, 2, 5], labels.array)
+
+
+@each_kind
+@each_encoding
+def test_labels_come_back(tmp_path: Path, kind: str, labelmap: bool) -> None:
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source, labelmap=labelmap)
+    back, table = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, labels.array if labelmap else renumbered(labels))
+    assert back.grid.matches(labels.grid, 0)
+    assert [label.value for label in table] == ([1, 2, 5] if labelmap else [1, 2, 3])
+    assert [(label.name, label.snomed) for label in table] == [(label.name, label.snomed) for label in TABLE[:3]]
+    for label, original in zip(table, TABLE, strict=False):
+        difference = np.subtract(*(list(bytes.fromhex(one.color[1:])) for one in (label, original)))
+        assert np.abs(difference).max() <= 1  # CIELab is stored in 16 bits
+
+
+@each_kind
+@each_encoding
+def test_every_voxel_is_where_the_frames_say(tmp_path: Path, kind: str, labelmap: bool) -> None:
+    """By pydicom alone, from the header of each frame to world positions, and there to the labels."""
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source, labelmap=labelmap)
+    data = pydicom.dcmread(path)
+    shared = data.SharedFunctionalGroupsSequence[0]
+    directions = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float).reshape(2, 3)
+    spacing = np.array(shared.PixelMeasuresSequence[0].PixelSpacing, float)
+    frames = data.pixel_array.reshape(-1, data.Rows, data.Columns)
+    found = np.zeros_like(labels.array)
+    for frame, groups in zip(frames, data.PerFrameFunctionalGroupsSequence, strict=True):
+        row, column = np.nonzero(frame)
+        assert row.size  # empty frames are left out
+        position = np.array(groups.PlanePositionSequence[0].ImagePositionPatient, float)
+        lps = position + np.outer(column * spacing[1], directions[0]) + np.outer(row * spacing[0], directions[1])
+        index = labels.grid.to_index(lps * (-1, -1, 1))
+        nearest = np.round(index).astype(int)
+        assert np.abs(index - nearest).max() < 1e-6
+        segment = frame[row, column]
+        if not labelmap:
+            segment = np.array([1, 2, 5])[groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber - 1]
+        found[0][tuple(nearest.T)] = segment
+    np.testing.assert_array_equal(found, labels.array)
+
+
+@each_encoding
+def test_highdicom_reads_it(source: Path, labelmap: bool) -> None:
+    from highdicom.seg import segread
+
+    labels, path = written(source, labelmap=labelmap)
+    seg = segread(path)
+    assert {uid for *_, uid in seg.get_source_image_uids()} == {
+        part.sop_instance_uid for part in choose(source)[0].slices
+    }
+    volume = seg.get_volume(combine_segments=True, allow_missing_positions=True)
+    inside = np.argwhere(volume.array)
+    world = (inside @ volume.affine[:3, :3].T + volume.affine[:3, 3]) * (-1, -1, 1)
+    found = np.zeros_like(labels.array[0])
+    found[tuple(np.round(labels.grid.to_index(world)).astype(int).T)] = volume.array[tuple(inside.T)]
+    np.testing.assert_array_equal(found, labels.array[0] if labelmap else renumbered(labels)[0])
+
+
+def test_only_what_the_standard_requires_is_copied(source: Path) -> None:
+    _, path = written(source)
+    data = pydicom.dcmread(path)
+    copied = ("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "AccessionNumber", "StudyDate")
+    assert [str(data.get(name)) for name in copied] == [STUDY[name] for name in copied]
+    assert str(data.PatientName).encode("utf8") in path.read_bytes()
+    assert not {"PatientAge", "StudyDescription", "InstitutionName"} & {element.keyword for element in data}
+    series = choose(source)[0]
+    reference = data.ReferencedSeriesSequence[0]
+    assert reference.SeriesInstanceUID == series.uid
+    assert data.FrameOfReferenceUID == series.frame_of_reference_uid
+    assert data.SeriesInstanceUID != series.uid
+
+
+def test_codes(source: Path) -> None:
+    data = pydicom.dcmread(written(source)[1])
+    own, snomed, other = (item.SegmentedPropertyTypeCodeSequence[0] for item in data.SegmentSequence)
+    assert (snomed.CodeValue, snomed.CodingSchemeDesignator, snomed.CodeMeaning) == ("64033007", "SCT", "Kidney")
+    assert (own.CodingSchemeDesignator, own.CodeMeaning) == ("99MEDSEG", "Füße")
+    assert own.CodeValue != other.CodeValue
+    assert len(own.CodeValue) == 16
+    assert code_of(Label(value=9, name="LIVER", color="#000000"))[0] == other.CodeValue
+
+
+@each_encoding
+def test_nothing_found_is_no_error_and_no_file(source: Path, labelmap: bool) -> None:
+    grid = choose(source)[1]
+    path = source.parent / "seg.dcm"
+    empty = Volume(np.zeros((1, *grid.shape), np.uint8), grid)
+    assert save_dicom_seg(empty, path, source=source, table=TABLE, labelmap=labelmap) is None
+    assert save_dicom_seg(Volume(np.zeros((4, *grid.shape)), grid), path, source=source, table=TABLE) is None
+    assert not path.exists()
+
+
+def overlapping(grid: Grid) -> Volume:
+    masks = np.zeros((4, *grid.shape), np.uint8)
+    masks[0, 2:6, 2:6], masks[1, 4:9, 3:8, :3], masks[2, 0, 0, 4] = 1, 1, 1
+    return Volume(masks, grid)
+
+
+def test_regions_that_overlap_are_masks(source: Path) -> None:
+    labels = overlapping(choose(source)[1])
+    path = source.parent / "seg.dcm"
+    save_dicom_seg(labels, path, source=source, table=TABLE)
+    back, table = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, labels.array[:3])
+    assert [label.name for label in table] == ["Füße", "left kidney", "liver"]
+    assert pydicom.dcmread(path).SegmentsOverlap == "YES"
+    with pytest.warns(UserWarning, match="overlap, which a label map cannot hold"):
+        save_dicom_seg(labels, path, source=source, table=TABLE, labelmap=True)
+    assert pydicom.dcmread(path).SegmentationType == "BINARY"
+
+
+@each_encoding
+def test_masks_that_do_not_overlap_are_a_label_map(source: Path, labelmap: bool) -> None:
+    grid = choose(source)[1]
+    labels = some_labels(grid)
+    masks = labels.with_array(np.stack([labels.array[0] == label.value for label in TABLE]))
+    path = source.parent / "seg.dcm"
+    save_dicom_seg(masks, path, source=source, table=TABLE, labelmap=labelmap)
+    back, _ = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, labels.array if labelmap else renumbered(labels))
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "PIR", "SAL"])
+def test_labels_may_have_their_axes_in_any_order(source: Path, orientation: str) -> None:
+    labels = some_labels(choose(source)[1])
+    path = source.parent / "seg.dcm"
+    save_dicom_seg(labels.reoriented(orientation), path, source=source, labelmap=True)
+    np.testing.assert_array_equal(load_dicom_seg(path, source=source)[0].array, labels.array)
+
+
+def test_slices_that_have_no_grid_can_be_written(tmp_path: Path) -> None:
+    # Steps of 2.5, 2.5 and 7.5 mm have no affine; each slice has its own position all the same.
+    write_series(tmp_path / "ct", [0, 1, 2, 5], shape=(11, 13), **STUDY)
+    (series,) = find_series(tmp_path / "ct")
+    assert series.grid is None
+    labels = some_labels(make_grid("RAS", (13, 11, 4)))
+    write(regions_of(labels, TABLE), series.slices, tmp_path / "seg.dcm")
+    heights = {
+        float(groups.PlanePositionSequence[0].ImagePositionPatient[2])
+        for groups in pydicom.dcmread(tmp_path / "seg.dcm").PerFrameFunctionalGroupsSequence
+    }
+    assert heights == {7.0, 12.0, 19.5}
+    with pytest.raises(SeriesRefused):
+        save_dicom_seg(labels, tmp_path / "seg.dcm", source=series)
+
+
+@pytest.mark.parametrize("name", ["SOPClassUID", "StudyInstanceUID", "FrameOfReferenceUID"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_source_without_identifiers_cannot_be_referred_to(tmp_path: Path, name: str, value: str | None) -> None:
+    source = write_source(tmp_path / "ct", **{name: value})
+    with pytest.raises(OutputError, match=f"does not state its {name}.*NIfTI") as caught:
+        save_dicom_seg(some_labels(choose(source)[1]), tmp_path / "seg.dcm", source=source)
+    assert caught.value.reason == "unreferable_source"
+    assert not (tmp_path / "seg.dcm").exists()
+
+
+def test_a_source_of_an_unknown_class_cannot_be_referred_to(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "ct", SOPClassUID="1.2.3.4")
+    with pytest.raises(OutputError, match="break the DICOM standard") as caught:
+        save_dicom_seg(some_labels(choose(source)[1]), tmp_path / "seg.dcm", source=source)
+    assert caught.value.reason == "unreferable_source"
+
+
+def test_headers_that_break_the_standard_go_on_blank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning):
+        source = write_source(
+            tmp_path / "ct", PatientBirthDate="21.3.1955", PatientSex="male", StudyTime="noon", StudyID=None,
+            PatientID="PID " * 30, SliceThickness=None,
+        )  # fmt: skip
+    path = written(source)[1]
+    data = pydicom.dcmread(path)
+    assert [data.PatientBirthDate, data.PatientSex, data.StudyTime, data.StudyID] == ["", "", "", ""]
+    assert data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 2.5
+    assert not caplog.text
+
+
+def test_labels_on_another_grid_are_refused(source: Path) -> None:
+    grid = choose(source)[1]
+    moved = Grid(grid.shape, grid.affine + np.eye(4, k=3) * 0.5)
+    with pytest.raises(GeometryError, match="another grid than their source") as caught:
+        save_dicom_seg(some_labels(moved), source.parent / "seg.dcm", source=source)
+    assert caught.value.reason == "source_grid"
+
+
+def test_what_is_no_label_is_refused(source: Path) -> None:
+    labels = some_labels(choose(source)[1])
+    path = source.parent / "seg.dcm"
+    with pytest.raises(InputError, match="whole numbers from 0"):
+        save_dicom_seg(labels.with_array(labels.array + 0.5), path, source=source)
+    with pytest.raises(InputError, match="mask of one label"):
+        save_dicom_seg(labels.with_array(labels.array.repeat(4, axis=0)), path, source=source, table=TABLE)
+    with pytest.raises(UsageError, match="2 masks need a table of as many labels"):
+        save_dicom_seg(labels.with_array(labels.array[[0, 0]]), path, source=source, table=TABLE)
+
+
+def test_another_object_is_refused(source: Path) -> None:
+    with pytest.raises(InputError, match="Expected a DICOM SEG") as caught:
+        load_dicom_seg(next(source.iterdir()), source=source)
+    assert caught.value.reason == "not_seg"
+    with pytest.raises(UsageError, match="threshold"):
+        load_dicom_seg(next(source.iterdir()), source=source, threshold=0)
+
+
+def changed(path: Path, **fields: Any) -> Path:
+    data = pydicom.dcmread(path)
+    for name, value in fields.items():
+        setattr(data, name, value)
+    data.save_as(path)
+    return path
+
+
+def test_a_frame_of_reference_that_differs_is_refused(source: Path) -> None:
+    path = changed(written(source)[1], FrameOfReferenceUID="1.2.3")
+    with pytest.raises(GeometryError, match="another frame of reference") as caught:
+        load_dicom_seg(path, source=source)
+    assert (caught.value.reason, caught.value.path) == ("frame_of_reference", path)
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"PixelSpacing": [0.7, 1.25]}, "source_grid"),
+        ({"step_mm": TILTED}, "source_grid"),
+        ({"slices": range(3)}, "outside_source"),
+        ({"shape": (8, 13)}, "outside_source"),
+    ],
+)
+def test_a_seg_of_other_voxels_is_refused(tmp_path: Path, tags: dict[str, Any], reason: str) -> None:
+    path = written(write_source(tmp_path / "ct"))[1]
+    other = write_source(tmp_path / "other", **tags)
+    with pytest.raises(GeometryError) as caught:
+        load_dicom_seg(path, source=other)
+    assert caught.value.reason == reason
+
+
+def test_a_frame_without_a_place_is_refused(source: Path) -> None:
+    path = written(source)[1]
+    data = pydicom.dcmread(path)
+    del data.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence
+    data.save_as(path)
+    with pytest.raises(GeometryError, match="does not say where it lies"):
+        load_dicom_seg(path, source=source)
+
+
+def test_frames_along_other_axes_of_the_source(tmp_path: Path) -> None:
+    """A sagittal SEG of an axial series with cubic voxels: written for a series of the same voxels, cut another way."""
+    cubic: dict[str, Any] = {"PixelSpacing": [2.5, 2.5], "shape": (6, 7)}
+    axial = write_source(tmp_path / "axial", slices=range(5), **cubic)
+    # Rows run along y, columns along z, slices along x, all from the same first voxel.
+    sagittal = write_source(
+        tmp_path / "sagittal", slices=range(7), PixelSpacing=[2.5, 2.5], shape=(5, 6),
+        orientation=[0, 1, 0, 0, 0, 1],
+    )  # fmt: skip
+    labels = some_labels(choose(axial)[1])
+    save_dicom_seg(labels, tmp_path / "seg.dcm", source=sagittal, labelmap=True)
+    np.testing.assert_array_equal(load_dicom_seg(tmp_path / "seg.dcm", source=axial)[0].array, labels.array)
+
+
+def test_fractions_count_from_the_threshold(source: Path) -> None:
+    from highdicom.seg import Segmentation
+
+    from medseg.io.dicom_references import headers
+    from medseg.io.dicom_seg import _description
+
+    series, grid = choose(source)
+    fractions = np.random.default_rng(5).random((grid.shape[2], grid.shape[1], grid.shape[0], 1))
+    seg = Segmentation(
+        headers(series.slices), fractions, "FRACTIONAL", [_description(1, TABLE[0], "medseg")], "1.2.3", 1, "1.2.3.4",
+        1, "medseg", "medseg", "1", "1",
+    )  # fmt: skip
+    seg.save_as(source.parent / "seg.dcm")
+    stored = np.round(fractions[..., 0] * 255).transpose(2, 1, 0)
+    for threshold in (0.2, 0.5, 1.0):
+        back, _ = load_dicom_seg(source.parent / "seg.dcm", source=source, threshold=threshold)
+        np.testing.assert_array_equal(back.array[0], stored >= threshold * 255)
+
+
+@given(arrays(np.uint8, (3, 2, 4, 2), elements=st.integers(0, 1)))
+def test_masks_survive_regions(masks: np.ndarray) -> None:
+    """Any masks, overlapping or not, to frames and back."""
+    grid = Grid((2, 4, 2), np.eye(4))
+    table = make_labels([(1, "a"), (2, "b"), (3, "c")])
+    regions = regions_of(Volume(masks, grid), table)
+    parts = []
+    for place, label in enumerate(regions.labels):
+        own = regions.frames[..., place] if regions.frames.ndim == 4 else regions.frames == place + 1
+        parts.append((label, np.flatnonzero(own)))
+    back = volume_of(parts, grid)
+    for channel, label in enumerate(table):
+        if label not in regions.labels:
+            assert not masks[channel].any()
+        elif len(back.array) == 1:
+            np.testing.assert_array_equal(back.array[0] == label.value, masks[channel])
+        else:
+            np.testing.assert_array_equal(back.array[regions.labels.index(label)], masks[channel])
+
+
+def test_values_without_a_name_get_one() -> None:
+    labels = Volume(np.array([0, 3, 70000, 3], np.int32).reshape(1, 2, 2, 1), Grid((2, 2, 1), np.eye(4)))
+    regions: Regions = regions_of(labels, TABLE)
+    assert [label.name for label in regions.labels] == ["label 3", "label 70000"]
+    assert regions.frames.max() == 2
+
+
+def test_dciodvfy_finds_no_error(tmp_path: Path) -> None:
+    for kind in ("axial", "oblique", "tilted"):
+        source = write_source(tmp_path / kind, kind)
+        assert errors_of_dciodvfy(written(source)[1]) == []
+
+
+@each_encoding
+@pytest.mark.parametrize("kind", ["axial", "negated", "sagittal", "oblique"])
+def test_dcmqi_reads_it(tmp_path: Path, kind: str, labelmap: bool) -> None:
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source, labelmap=labelmap)
+    assert_dcmqi_agrees(path, labels if labelmap else labels.with_array(renumbered(labels)), tmp_path / "dcmqi")
+
+
+def assert_dcmqi_agrees(path: Path, labels: Volume, folder: Path) -> None:
+    """Check that dcmqi puts every voxel where the labels have it; it leaves empty slices at the ends out."""
+    folder.mkdir()
+    subprocess.run(
+        [judge("segimage2itkimage", "the Python package dcmqi"), "--inputDICOM", path, "--outputDirectory", folder],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    found = np.zeros_like(labels.array[0])
+    for file in sorted(folder.glob("*.nrrd")):
+        part = medseg.load(file)
+        inside = np.argwhere(part.array[0])
+        index = labels.grid.to_index(part.grid.to_world(inside))
+        nearest = np.round(index).astype(int)
+        assert np.abs(labels.grid.to_world(nearest) - labels.grid.to_world(index)).max() < 1e-3
+        found[tuple(nearest.T)] = part.array[0][tuple(inside.T)]
+    np.testing.assert_array_equal(found, labels.array[0])
