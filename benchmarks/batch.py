@@ -2,8 +2,8 @@
 
     python benchmarks/batch.py [scan] [read] [overhead] [workers] [--results DIR]
 
-Everything is generated. Each part prints its figures and leaves one JSON file; figures are medians of REPEATS runs in one
-process with warm file caches, peers and medseg in turn.
+Everything is generated. Each part prints its figures and leaves one JSON file. Figures are medians of REPEATS runs with
+warm file caches, peers and medseg in turn.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _batch(studies: Path, out: Path, workers: int, threads: int) -> dict[str, An
     ends: list[float] = []
 
     def note(now: Progress) -> None:
-        ends.extend([time.perf_counter()] * (sum(now.ended.values()) - len(ends)))
+        ends.extend([time.perf_counter()] * (now.ended.total() - len(ends)))
 
     began = time.perf_counter()
     outcomes = run_batch("hippocampus", studies, out, Options(workers=workers, threads=threads), progress=note)
