@@ -37,8 +37,8 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
     with Live(console=err, refresh_per_second=4) as live:
 
         def show(now: BatchProgress) -> None:
-            fresh = sum(not outcome.kept for outcome in now.outcomes)
-            left = now.total - sum(now.ended.values())
+            fresh = now.ended.total() - now.kept
+            left = now.total - now.ended.total()
             remaining = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
             counts = "  ".join(f"{now.ended[status]} {status}" for status in ("done", "refused", "failed"))
             table = Table(title=f"{now.total} studies: {counts}  {left} to do, {remaining} left", title_justify="left")

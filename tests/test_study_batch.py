@@ -142,7 +142,11 @@ def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
     os.utime(changed, ns=(touched.st_atime_ns, touched.st_mtime_ns))  # only its content tells
     outcomes = run_batch(pipeline, studies, out, Options(runtime="torch", threads=1, verify="full"))
     fresh = [one for one in outcomes if not one.kept]
-    assert [one.status for one in fresh] == ["done", "done"]
+    assert [(one.path.name, one.status) for one in fresh] == [
+        ("DOE_JANE_0", "done"),
+        ("DOE_JANE_2", "done"),
+        ("DOE_JANE_3", "refused"),  # nothing of it was hashed
+    ]
     assert sorted(complete(out).values()) == ["done"] * 5 + ["refused"]
     assert outcomes[0].volumes_ml.keys() == {"ball"}
 

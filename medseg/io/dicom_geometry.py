@@ -6,10 +6,12 @@ normal. DICOM's own axes (LPS: x grows to the left, y to the back) end in `slice
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from medseg.volume import Affine
 
@@ -42,25 +44,29 @@ class Problem(NamedTuple):
     text: str
 
 
-def slice_plane(position: ArrayLike, orientation: ArrayLike, pixel_spacing: ArrayLike) -> Affine | None:
+def slice_plane(
+    position: Sequence[float], orientation: Sequence[float], pixel_spacing: Sequence[float]
+) -> Affine | None:
     """Return the plane of a slice, or None where the two directions are not perpendicular unit vectors.
 
     Takes ImagePositionPatient, ImageOrientationPatient and PixelSpacing, whose first number is the distance between
     rows, that is along a column. The directions are scaled to unit length. Source: PS3.3 C.7.6.2.1.1 and 10.7.1.3.
     """
-    along_row, along_column = np.reshape(np.asarray(orientation, dtype=np.float64), (2, 3))
-    row_step, column_step = np.asarray(pixel_spacing, dtype=np.float64)
-    lengths = np.linalg.norm([along_row, along_column], axis=1)
-    stray = max(np.abs(lengths - 1).max(), abs(along_row @ along_column))
-    if stray > COSINE_TOLERANCE or not min(row_step, column_step) > 1e-6:
+    # Plain numbers, since numpy takes ten times as long for so few, and a batch has a million slices.
+    row_step, column_step = pixel_spacing
+    lengths = math.hypot(*orientation[:3]), math.hypot(*orientation[3:])
+    cosine = sum(a * b for a, b in zip(orientation[:3], orientation[3:], strict=True))
+    stray = max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(cosine))
+    if not stray <= COSINE_TOLERANCE or not min(row_step, column_step) > 1e-6:
         return None
-    normal = np.cross(along_row, along_column)
-    plane = np.eye(4)
-    plane[:3, 0] = along_row / lengths[0] * column_step
-    plane[:3, 1] = along_column / lengths[1] * row_step
-    plane[:3, 2] = normal / np.linalg.norm(normal)
-    plane[:3, 3] = np.asarray(position)
-    return LPS_TO_RAS @ plane
+    a, b, c = (part / lengths[0] for part in orientation[:3])
+    d, e, f = (part / lengths[1] for part in orientation[3:])
+    normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+    length = math.hypot(*normal)
+    columns = zip((a, b, c), (d, e, f), normal, position, strict=True)
+    rows = [[i * column_step, j * row_step, k / length, mm] for i, j, k, mm in columns]
+    plane: Affine = LPS_TO_RAS @ np.array([*rows, [0, 0, 0, 1]])
+    return plane
 
 
 def order_along_normal(planes: NDArray[np.float64]) -> NDArray[np.intp]:

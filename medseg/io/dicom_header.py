@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -62,17 +59,16 @@ class Header:
         """Return an element as text, several values with a backslash between them; "" where it is blank or absent."""
         return "\\".join(map(str, self._values(name)))
 
-    def numbers(self, name: str) -> NDArray[np.float64]:
+    def numbers(self, name: str) -> list[float]:
         """Return the numbers of an element; none where it is blank, NaN for what is none or none to compute with."""
-        numbers = np.array([_number(value) for value in self._values(name)])
-        return np.where(np.abs(numbers) < LARGEST_NUMBER, numbers, math.nan)
+        return [_number(value) for value in self._values(name)]
 
     def number(self, name: str, *, blank: float = math.nan) -> float:
         """Return the number of an element, `blank` where there is none, NaN where there are several."""
         numbers = self.numbers(name)
-        if not numbers.size:
+        if not numbers:
             return blank
-        return float(numbers[0]) if numbers.size == 1 else math.nan
+        return numbers[0] if len(numbers) == 1 else math.nan
 
     def _values(self, name: str) -> list[Any]:
         tag, usual = _tag(name)
@@ -87,7 +83,7 @@ class Header:
             return []
         if isinstance(value, str):
             return [part.strip() for part in value.split("\\")]
-        return [value] if np.isscalar(value) else [*value]
+        return [*value] if isinstance(value, Iterable) else [value]
 
 
 def frame_headers(data: Dataset) -> list[Header]:
@@ -125,9 +121,10 @@ def _tag(name: str) -> tuple[int, str]:
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (ValueError, TypeError):
         return math.nan
+    return number if abs(number) < LARGEST_NUMBER else math.nan
 
 
 def _unpacked(value: bytes, code: str, little_endian: bool) -> list[Any]:

@@ -14,8 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from medseg.errors import SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
 from medseg.io.dicom_header import Header, frame_headers
@@ -245,7 +243,7 @@ def _slice(path: Path, frame: int, header: Header, description: str) -> Slice:
         contrast=header.text("ContrastBolusAgent").upper() not in {"", "NO", "NONE"},
         is_localizer="LOCALIZER" in header.text("ImageType").split("\\"),
         variants=tuple(header.text(name) for name in VARIANTS),
-        shape=(int(np.nan_to_num(header.number("Columns"))), int(np.nan_to_num(header.number("Rows")))),
+        shape=(_count(header.number("Columns")), _count(header.number("Rows"))),
         plane=plane,
         thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
         slope=header.number("RescaleSlope", blank=1.0),
@@ -254,10 +252,14 @@ def _slice(path: Path, frame: int, header: Header, description: str) -> Slice:
     )
 
 
+def _count(number: float) -> int:
+    return int(number) if math.isfinite(number) else 0
+
+
 def _plane(header: Header) -> Affine | None:
     tags = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
     numbers = [header.numbers(name) for name in tags]
-    if [values.size for values in numbers] != [*tags.values()] or not np.isfinite(np.concatenate(numbers)).all():
+    if [len(values) for values in numbers] != [*tags.values()] or not math.isfinite(sum(map(sum, numbers))):
         return None
     return slice_plane(*numbers)
 

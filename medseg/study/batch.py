@@ -73,15 +73,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a batch stands: the number of studies, how many ended how, and what each process works on, for how long.
+    """Where a batch stands: how many studies there are, ended how, were kept, and what each process works on.
 
     A row of `running` is process id, study, path, stage, seconds.
     """
 
     total: int
     ended: Counter[str]
+    kept: int
     running: tuple[tuple[int, str, Path, str, float], ...]
-    outcomes: Sequence[Outcome]
 
 
 Show = Callable[[Progress], None]
@@ -140,6 +140,8 @@ class _Batch:
     suspects: deque[str] = field(default_factory=deque)
     deaths: Counter[str] = field(default_factory=Counter)
     early_deaths: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
     processes: list[Process] = field(default_factory=list)
     events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
 
@@ -158,7 +160,7 @@ class _Batch:
                 time.sleep(ELSEWHERE_S)
                 self.pending, self.elsewhere = self.elsewhere, deque()
             with suppress(Empty):
-                self._handle(self.events.get(timeout=POLL_S if self._in_flight() else 0.01))
+                self._handle(self.events.get(timeout=POLL_S if self.processes else 0.01))
         self._report()
 
     def close(self) -> None:
@@ -316,6 +318,8 @@ class _Batch:
             kept=kept,
             path=self.entries[study].files[0].parent,
         )
+        self.ended[self.outcomes[study].status] += 1
+        self.kept += kept
         if not kept:
             self.claims.release(study)
 
@@ -329,8 +333,7 @@ class _Batch:
             for process in self.processes
             for study, (stage, since) in process.in_flight.items()
         )
-        ended = Counter(outcome.status for outcome in self.outcomes.values())
-        self.show(Progress(len(self.entries), ended, running, [*self.outcomes.values()]))
+        self.show(Progress(len(self.entries), self.ended.copy(), self.kept, running))
 
     def _sweep(self) -> None:
         """Remove what interrupted runs left of studies that nobody works on."""

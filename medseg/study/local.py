@@ -46,7 +46,8 @@ class Process:
         self.in_flight: dict[str, tuple[str, float]] = {}
         self._computed: set[str] = set()
         self._write({"start": asdict(start)})
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
+        self._listener.start()
 
     @property
     def uncomputed(self) -> int:
@@ -70,6 +71,9 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join()
+        if self._process.stdout:
+            self._process.stdout.close()
 
     def _write(self, message: dict[str, Any]) -> None:
         with suppress(OSError):

@@ -1,0 +1,195 @@
+"""Studies: finding them, reading a series beside peers, and what a batch costs over the bare engine.
+
+    python benchmarks/batch.py [scan] [read] [overhead] [workers] [--results DIR]
+
+Everything is generated. Each part prints its figures and leaves one JSON file. Figures are medians of REPEATS runs with
+warm file caches, peers and medseg in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dcm2niix
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from monai.transforms import LoadImage
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+import medseg
+from medseg.report.measurements import measure
+from medseg.study.batch import Options, Progress, run_batch
+from medseg.study.cohort import find_cohort
+from medseg.study.find import find_studies
+
+REPEATS = 3
+STUDIES = 6
+
+
+def write_series(folder: Path, shape: tuple[int, int, int], modality: str = "CT", seed: int = 0, **tags: Any) -> None:
+    """Write a series of smooth noise (columns, rows, slices) at 1 mm."""
+    folder.mkdir(parents=True)
+    columns, rows, count = shape
+    rng = np.random.default_rng(seed)
+    across = rng.normal(0, 1, (rows, columns)).cumsum(0).cumsum(1)
+    plane = (100 * across / np.abs(across).max()).astype(np.int16)
+    series, frame, study = generate_uid(), generate_uid(), generate_uid()
+    for k in range(count):
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.SOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
+        data.SOPInstanceUID = generate_uid()
+        data.file_meta.MediaStorageSOPClassUID, data.file_meta.MediaStorageSOPInstanceUID = (
+            data.SOPClassUID, data.SOPInstanceUID,
+        )  # fmt: skip
+        elements = {
+            "StudyInstanceUID": study, "SeriesInstanceUID": series, "FrameOfReferenceUID": frame, "SeriesNumber": 1,
+            "PatientName": "Phantom", "PatientID": "0", "StudyID": "1", "InstanceNumber": k + 1, "Modality": modality,
+            "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "ImagePositionPatient": [0, 0, k],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [1, 1], "SliceThickness": 1,
+            "SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "Rows": rows, "Columns": columns,
+            "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1,
+            "PixelData": np.roll(plane, k, axis=0).tobytes(),
+        }  # fmt: skip
+        if modality == "CT":
+            elements |= {"RescaleSlope": 1, "RescaleIntercept": -1024}
+        for name, value in (elements | tags).items():
+            setattr(data, name, value)
+        data.save_as(folder / f"{k:05d}", enforce_file_format=True)
+
+
+def median(do: Callable[[], object]) -> float:
+    """Return the median time of a call in seconds."""
+    do()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        do()
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times), 3)
+
+
+def scan(work: Path, count: int = 20_000) -> dict[str, Any]:
+    """Find the studies among `count` small files: 200 series of 100 slices."""
+    for number in range(count // 100):
+        write_series(work / f"{number:03d}", (16, 16, 100), seed=number)
+    files = [path for path in work.rglob("*") if path.is_file()]
+    return {
+        "files": len(files),
+        "find_studies_s": median(lambda: find_studies(work)),
+        "find_cohort_s": median(lambda: find_cohort(work)),
+        "read_first_64_kB_s": median(lambda: [path.open("rb").read(1 << 16) for path in files]),
+    }
+
+
+def read(work: Path, slices: int = 300) -> dict[str, Any]:
+    """Read one CT series of 512 x 512; dcm2niix is a program that starts, reads, and writes an uncompressed NIfTI."""
+    series, out = work / "series", work / "out"
+    write_series(series, (512, 512, slices))
+    out.mkdir()
+
+    def by_sitk() -> object:
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(series)))
+        return reader.Execute()
+
+    def by_dcm2niix() -> object:
+        command = [dcm2niix.bin, "-z", "n", "-b", "n", "-w", "1", "-f", "x", "-o", out, series]
+        return subprocess.run(command, check=True, capture_output=True)
+
+    monai = LoadImage(reader="PydicomReader", image_only=True)
+    ours = medseg.load(series).array
+    theirs = sitk.GetArrayFromImage(by_sitk())
+    same = bool((ours[0].transpose(2, 1, 0) == theirs).all())
+    return {
+        "slices": slices,
+        "same_values_as_simpleitk": same,
+        "medseg_s": median(lambda: medseg.load(series)),
+        "simpleitk_s": median(by_sitk),
+        "dcm2niix_s": median(by_dcm2niix),
+        "monai_pydicom_s": median(lambda: monai(series)),
+    }
+
+
+def _make_studies(work: Path) -> Path:
+    for number in range(STUDIES):
+        write_series(work / "studies" / str(number), (112, 112, 80), "MR", seed=number)
+    return work / "studies"
+
+
+def _batch(studies: Path, out: Path, workers: int, threads: int) -> dict[str, Any]:
+    """Return the time of a whole batch, and that of a study once the network is loaded: between the ends of studies."""
+    ends: list[float] = []
+
+    def note(now: Progress) -> None:
+        ends.extend([time.perf_counter()] * (now.ended.total() - len(ends)))
+
+    began = time.perf_counter()
+    outcomes = run_batch("hippocampus", studies, out, Options(workers=workers, threads=threads), progress=note)
+    return {
+        "statuses": sorted({outcome.status for outcome in outcomes}),
+        "whole_s": round(time.perf_counter() - began, 2),
+        "each_s": round((ends[-1] - ends[0]) / (len(ends) - 1), 3),
+    }
+
+
+def overhead(work: Path) -> dict[str, Any]:
+    """Compare a batch with the bare engine: load, segment and save in a loop, with the same threads."""
+    studies, threads = _make_studies(work), os.cpu_count() or 1
+    model = medseg.Model.load("hippocampus", threads=threads)
+    ends = []
+    for folder in sorted(studies.iterdir()):
+        volume = medseg.load(folder)
+        labels = model.segment(volume)
+        measure(labels, model.plan.labels, volume)
+        medseg.save(labels, work / "labels.nii.gz")
+        ends.append(time.perf_counter())
+    bare = round((ends[-1] - ends[0]) / (len(ends) - 1), 3)
+    batch = _batch(studies, work / "out", 1, threads)
+    return {"studies": STUDIES, "bare_each_s": bare, "batch": batch, "overhead": round(batch["each_s"] / bare - 1, 4)}
+
+
+def workers(work: Path) -> dict[str, Any]:
+    """Compare two workers of one thread with one of one, and with one of two."""
+    studies = _make_studies(work)
+    return {f"{n}_workers_{t}_threads": _batch(studies, work / f"{n}_{t}", n, t) for n, t in ((1, 1), (1, 2), (2, 1))}
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "scan": scan,
+    "read": read,
+    "overhead": overhead,
+    "workers": workers,
+}
+
+
+def main() -> None:
+    """Run the parts that are asked for, by default all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[*PARTS])
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "batch")
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    machine = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    for part in options.parts:
+        with tempfile.TemporaryDirectory() as work:
+            figures = PARTS[part](Path(work))
+        text = json.dumps({**figures, "machine": machine}, indent=1)
+        print(part, text)
+        (options.results / f"{part}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
