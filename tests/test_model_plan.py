@@ -60,7 +60,7 @@ def test_a_wrong_field_is_named(tmp_path, changes, message):
 
 
 def test_a_missing_plan_is_said_to_be_missing(tmp_path):
-    with pytest.raises(ModelError, match="a model folder needs a file plan.json"):
+    with pytest.raises(ModelError, match="the model folder has no such file"):
         Plan.load(tmp_path / "plan.json")
 
 

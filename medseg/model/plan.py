@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medseg.errors import ModelError
-from medseg.io.files import written_whole
 from medseg.labels import Label
+from medseg.model.stored import Stored
 from medseg.process.normalize import Normalization
 
 Count = Annotated[int, Field(ge=1)]
@@ -105,7 +101,7 @@ class Region(BaseModel):
     value: Count
 
 
-class Plan(BaseModel):
+class Plan(Stored):
     """What a model decides about an image before its network sees it, and what its outputs mean.
 
     With `crop_nonzero` only the smallest box around the voxels that are not 0 is looked at, the rest is background.
@@ -116,7 +112,7 @@ class Plan(BaseModel):
     them, there where its score is above 0, and later ones are painted over earlier ones.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "plan"
 
     format: Literal[1] = 1
     name: str
@@ -154,26 +150,3 @@ class Plan(BaseModel):
     def painted(self) -> tuple[int, ...]:
         """The label value of no output and of each output in turn; without regions background is an output."""
         return (0, *(region.value for region in self.regions or self.labels))
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
-        with written_whole(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Plan:
-        """Return the plan in a JSON file. Raises ModelError that names the field that is missing, unknown or wrong."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelError("The plan cannot be read: a model folder needs a file plan.json.", path=path) from error
-        except ValidationError as error:
-            raise ModelError(f"The plan is not valid: {first_problem(error)}.", path=path, reason="plan") from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return where the first problem of a validation lies and what it is, on one line, without the input's values."""
-    details: Sequence[Any] = error.errors(include_input=False, include_url=False)
-    place = ".".join(str(part) for part in details[0]["loc"]) or "the file"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{place}: {details[0]['msg']}{more}"

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from medseg.errors import DatasetError, MedsegError, ModelError
+from medseg.errors import DatasetError, MedsegError
 from medseg.io import load
-from medseg.io.files import written_whole
 from medseg.labels import Label
-from medseg.model.plan import first_problem
+from medseg.model.stored import Stored
 from medseg.train.dataset import Case, Dataset
 from medseg.volume import Volume
 
@@ -49,10 +46,10 @@ class Intensities(BaseModel):
     percentile_99_5: float
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Stored):
     """A dataset in numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "fingerprint"
 
     format: int = 1
     name: str
@@ -60,21 +57,6 @@ class Fingerprint(BaseModel):
     labels: tuple[Label, ...]
     cases: tuple[CaseFacts, ...]
     intensities: tuple[Intensities, ...]
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the fingerprint as JSON, whole or not at all."""
-        with written_whole(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Fingerprint:
-        """Return the fingerprint in a JSON file. Raises ModelError where it is missing or not valid."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelError("The fingerprint cannot be read.", path=path) from error
-        except ValidationError as error:
-            raise ModelError(f"The fingerprint is not valid: {first_problem(error)}.", path=path) from error
 
 
 def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Fingerprint:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from os import PathLike
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from medseg.errors import ModelError, UsageError
-from medseg.io.files import written_whole
-from medseg.model.plan import first_problem
+from medseg.errors import UsageError
+from medseg.model.stored import Stored
 
 STEPS_PER_EPOCH = 250
 """What an epoch means here, as in nnU-Net: a fixed number of steps, whatever the size of the dataset."""
@@ -44,7 +41,7 @@ class Budget(BaseModel):
         return step / self.steps if self.steps else seconds / (self.seconds or 1.0)
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Stored):
     """The recipe. Defaults are what the shipped models were trained with.
 
     `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
@@ -52,7 +49,7 @@ class TrainSettings(BaseModel):
     patches that are centered on a labelled voxel.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    what = "recipe in train.json"
 
     batch: int = Field(default=2, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
@@ -63,18 +60,3 @@ class TrainSettings(BaseModel):
     foreground: float = Field(default=0.5, ge=0, le=1)
     folds: int = Field(default=5, ge=2)
     seed: int = Field(default=12345, ge=0)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the settings as JSON, whole or not at all."""
-        with written_whole(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> TrainSettings:
-        """Return the settings in a JSON file. Raises ModelError that names the field that is unknown or wrong."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ModelError("The training settings cannot be read.", path=path) from error
-        except ValidationError as error:
-            raise ModelError(f"The training settings are not valid: {first_problem(error)}.", path=path) from error

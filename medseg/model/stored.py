@@ -1,0 +1,46 @@
+"""What a model folder keeps as JSON: whole or not there, and never with a field that nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from medseg.errors import ModelError
+from medseg.io.files import written_whole
+
+
+class Stored(BaseModel):
+    """A frozen record with a file of its own; `what` is what messages call it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: ClassVar[str]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the record as JSON, whole or not at all. Raises OutputError."""
+        with written_whole(path) as beside:
+            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Return the record in a JSON file. Raises ModelError that names the field that is missing or wrong."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"The {cls.what} cannot be read: the model folder has no such file.", path=path) from error
+        except ValidationError as error:
+            raise ModelError(
+                f"The {cls.what} is not valid: {first_problem(error)}.", path=path, reason="not_valid"
+            ) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return where the first problem of a validation lies and what it is, on one line, without the input's values."""
+    details: Sequence[Any] = error.errors(include_input=False, include_url=False)
+    place = ".".join(str(part) for part in details[0]["loc"]) or "the file"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{place}: {details[0]['msg']}{more}"
