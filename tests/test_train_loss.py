@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.losses.dice import DiceCELoss
 
-from medseg.train.loss import deep_dice_ce, dice_ce
+from medseg.train.loss import LOSSES, deep_loss, dice_ce, focal_tversky, tversky, weighted_ce
 
 KNOWN = torch.ones(1, 2, dtype=torch.bool)
 
@@ -19,16 +19,14 @@ def certain(label: float, size: int = 4) -> torch.Tensor:
 
 
 def test_a_sure_and_right_answer_costs_nothing_and_a_wrong_one_dice_plus_cross_entropy():
-    assert float(deep_dice_ce([certain(1)], TARGET, KNOWN)) == pytest.approx(0, abs=1e-5)
-    assert float(deep_dice_ce([certain(-1)], TARGET, KNOWN)) == pytest.approx(1 + 100, rel=1e-4)
+    assert float(deep_loss("dice_ce", [certain(1)], TARGET, KNOWN)) == pytest.approx(0, abs=1e-5)
+    assert float(deep_loss("dice_ce", [certain(-1)], TARGET, KNOWN)) == pytest.approx(1 + 100, rel=1e-4)
 
 
 def test_an_output_counts_half_as_much_as_the_finer_one():
-    wrong = float(deep_dice_ce([certain(-1)], TARGET, KNOWN))
-    assert float(deep_dice_ce([certain(1), certain(-1, size=2)], TARGET, KNOWN)) == pytest.approx(wrong / 3, rel=1e-4)
-    assert float(deep_dice_ce([certain(-1), certain(1, size=2)], TARGET, KNOWN)) == pytest.approx(
-        wrong * 2 / 3, rel=1e-4
-    )
+    wrong = float(deep_loss("dice_ce", [certain(-1)], TARGET, KNOWN))
+    for outputs, share in (([certain(1), certain(-1, size=2)], 1 / 3), ([certain(-1), certain(1, size=2)], 2 / 3)):
+        assert float(deep_loss("dice_ce", outputs, TARGET, KNOWN)) == pytest.approx(wrong * share, rel=1e-4)
 
 
 def random_case(classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,3 +70,42 @@ def test_an_image_in_which_nothing_was_drawn_teaches_nothing_of_it():
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_falls_towards_the_truth_and_copes_with_what_was_not_drawn(name):
+    logits, target = random_case()
+    known = torch.tensor([[True, True, False, True], [True] * 4])
+    target[0][target[0] == 2] = 0
+    right = 20 * torch.nn.functional.one_hot(target[:, 0], 4).movedim(-1, 1).float() - 10
+    logits.requires_grad_()
+    loss = deep_loss(name, [logits], target, known)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
+    assert float(loss.detach()) > float(deep_loss(name, [right], target, known)) + 0.1
+    moved = logits.detach() - 0.1 * logits.grad / logits.grad.abs().max()
+    assert float(deep_loss(name, [moved], target, known)) < float(loss.detach())
+
+
+def test_a_missed_voxel_is_worse_than_a_wrong_one_to_tversky():
+    target = torch.zeros(1, 1, 4, 1, 1, dtype=torch.long)
+    target[0, 0, :2] = 1
+    found = {kind: torch.full((1, 2, 4, 1, 1), 0.0) for kind in ("missed", "wrong")}
+    found["missed"][0, 1, :, 0, 0] = torch.tensor([50.0, -50, -50, -50])
+    found["wrong"][0, 1, :, 0, 0] = torch.tensor([50.0, 50, 50, -50])
+    # One of two found: 1 / (0.3 x 1 + 0.7 x 2); one too many: 2 / (0.3 x 3 + 0.7 x 2). Cross-entropy is 12.5 in both.
+    assert float(tversky(found["missed"], target, KNOWN)) == pytest.approx(12.5 + 1 - 1 / 1.7, rel=1e-4)
+    assert float(tversky(found["wrong"], target, KNOWN)) == pytest.approx(12.5 + 1 - 2 / 2.3, rel=1e-4)
+    assert float(focal_tversky(found["wrong"], target, KNOWN)) == pytest.approx(12.5 + (1 - 2 / 2.3) ** 0.75, rel=1e-4)
+
+
+def test_a_rare_class_weighs_as_much_as_a_large_one():
+    target = torch.zeros(1, 1, 10, 1, 1, dtype=torch.long)
+    target[0, 0, 0] = 1
+    logits = torch.zeros(1, 2, 10, 1, 1)
+    logits[0, 1] = -3.0
+    entropy = torch.nn.functional.cross_entropy(logits, target[:, 0], reduction="none")[0, :, 0, 0]
+    share = float(torch.sigmoid(torch.tensor(-3.0)))
+    dice = 2 * share / (10 * share + 1)
+    expected = float(entropy[0] + entropy[1:].mean()) / 2 + 1 - dice
+    assert float(weighted_ce(logits, target, KNOWN)) == pytest.approx(expected, rel=1e-4)

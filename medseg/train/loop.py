@@ -31,7 +31,7 @@ from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import Case, Dataset, read_dataset
 from medseg.train.evaluate import evaluate
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loss import deep_dice_ce
+from medseg.train.loss import deep_loss
 from medseg.train.planner import make_plan
 from medseg.train.sampler import Batch, Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -270,7 +270,7 @@ def _step(state: TrainState, settings: TrainSettings, batch: Batch) -> float:
     device = next(state.network.parameters()).device
     random = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
     images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), random)
-    loss = deep_dice_ce(state.network(images), batch.target.to(device), batch.known.to(device))
+    loss = deep_loss(settings.loss, state.network(images), batch.target.to(device), batch.known.to(device))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ModelError(

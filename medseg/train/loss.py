@@ -1,8 +1,9 @@
-"""The training loss."""
+"""Training losses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,43 +12,137 @@ from torch.nn import functional
 SMOOTH = 1e-5
 """Added to both sides of the Dice ratio: 1 where a class is neither there nor found."""
 
+MISSED = 0.7
+"""What a missed voxel weighs in the Tversky index; a wrong one weighs the rest."""
 
-def deep_dice_ce(logits: Sequence[Tensor], target: Tensor, known: Tensor) -> Tensor:
-    """Return the mean of `dice_ce` over the outputs of a U-Net, each weighing half as much as the finer one.
+ONE_HOT = {"softmax": True, "to_onehot_y": True}
 
-    `logits` are (B, C, ...), the finest first; coarser ones are repeated to the size of the target.
+
+def deep_loss(name: LossName, logits: Sequence[Tensor], target: Tensor, known: Tensor) -> Tensor:
+    """Return the mean of a loss over the outputs of a U-Net, each weighing half as much as the finer one.
+
+    `logits` are (B, C, ...), the finest first; coarser ones are repeated to the size of the target. `target`
+    (B, 1, I, J, K) holds channel numbers, `known` (B, C) says which classes were drawn in each image.
     Source: Isensee et al., "nnU-Net", Nature Methods 2021; Lee et al., "Deeply-Supervised Nets", 2015.
     """
     weights = [0.5**place for place in range(len(logits))]
     outputs = [functional.interpolate(output.float(), target.shape[2:]) for output in logits]
-    losses = [weight * dice_ce(output, target, known) for weight, output in zip(weights, outputs, strict=True)]
+    losses = [weight * LOSSES[name](output, target, known) for weight, output in zip(weights, outputs, strict=True)]
     return torch.stack(losses).sum() / sum(weights)
 
 
 def dice_ce(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """Return cross-entropy + 1 - soft Dice, the Dice of each image and class above 0 counting the same.
 
-    `logits` are (B, C, I, J, K), `target` (B, 1, I, J, K) holds channel numbers, `known` (B, C) says which classes were
-    drawn in each image. One that was not may be anywhere in what is labelled background: its probability is added to
+    A class that was not drawn in an image may be anywhere in what is labelled background: its probability is added to
     background's, and it has no Dice. In voxels of another class it stays wrong.
     Source: Shi et al., "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", Medical
     Image Analysis 2021.
     """
-    if not known.all():
-        logits = _marginal(logits, known)
-    logarithms = logits.log_softmax(dim=1)
-    entropy = functional.nll_loss(logarithms, target[:, 0])
+    logits = _marginal(logits, known)
+    return functional.cross_entropy(logits, target[:, 0]) + 1 - _tversky(logits, target, 0.5, known).mean()
+
+
+def weighted_ce(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return soft Dice + a cross-entropy to which each class that occurs in the batch adds the same, however small."""
+    logits = _marginal(logits, known)
+    entropy = functional.cross_entropy(logits, target[:, 0], reduction="none").flatten()
+    count = torch.bincount(target.flatten(), minlength=logits.shape[1])
+    balanced: Tensor = (entropy / count[target.flatten()]).sum() / (count > 0).sum()
+    return balanced + 1 - _tversky(logits, target, 0.5, known).mean()
+
+
+def tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return cross-entropy + 1 - the Tversky index, to which a missed voxel is worse than a wrong one, 0.7 to 0.3.
+
+    Source: Salehi et al., "Tversky loss function for image segmentation", MLMI 2017.
+    """
+    logits = _marginal(logits, known)
+    return functional.cross_entropy(logits, target[:, 0]) + 1 - _tversky(logits, target, MISSED, known).mean()
+
+
+def focal_tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return cross-entropy + (1 - the Tversky index) to the power of 3/4, which goes on teaching what is nearly right.
+
+    Source: Abraham and Khan, "A novel focal Tversky loss function", ISBI 2019.
+    """
+    logits = _marginal(logits, known)
+    missing = (1 - _tversky(logits, target, MISSED, known)).clamp(min=SMOOTH)
+    return functional.cross_entropy(logits, target[:, 0]) + (missing**0.75).mean()
+
+
+def dice_focal(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return soft Dice + focal loss, MONAI's. Source: Lin et al., "Focal loss", ICCV 2017."""
+    from monai.losses.dice import DiceFocalLoss
+
+    return _monai(DiceFocalLoss(**ONE_HOT, include_background=False), logits, target, known)
+
+
+def generalized_dice(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return cross-entropy + generalized Dice, MONAI's. Source: Sudre et al., DLMIA 2017."""
+    from monai.losses.dice import GeneralizedDiceLoss
+
+    entropy = functional.cross_entropy(_marginal(logits, known), target[:, 0])
+    return entropy + _monai(GeneralizedDiceLoss(**ONE_HOT), logits, target, known)
+
+
+def boundary(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return Dice + cross-entropy + the logarithm of errors weighed by their squared distance to borders, MONAI's.
+
+    Distances are computed on the CPU, which takes longer than a small network does.
+    Source: Karimi and Salcudean, "Reducing the Hausdorff distance in medical image segmentation", TMI 2020.
+    """
+    from monai.losses.hausdorff_loss import LogHausdorffDTLoss
+
+    far = _monai(LogHausdorffDTLoss(**ONE_HOT, include_background=False), logits, target, known)
+    return dice_ce(logits, target, known) + far
+
+
+def cldice(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Return Dice + cross-entropy + the soft Dice of center lines, MONAI's, for vessels and other tubes.
+
+    Source: Shit et al., "clDice", CVPR 2021.
+    """
+    from monai.losses.cldice import SoftclDiceLoss
+
+    lines = _monai(SoftclDiceLoss(**ONE_HOT, include_background=False), logits, target, known)
+    return dice_ce(logits, target, known) + lines
+
+
+LossName = Literal[
+    "dice_ce", "dice_focal", "tversky", "focal_tversky", "generalized_dice", "weighted_ce", "boundary", "cldice"
+]
+
+LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "dice_ce": dice_ce,
+    "dice_focal": dice_focal,
+    "tversky": tversky,
+    "focal_tversky": focal_tversky,
+    "generalized_dice": generalized_dice,
+    "weighted_ce": weighted_ce,
+    "boundary": boundary,
+    "cldice": cldice,
+}
+"""From logits (B, C, I, J, K), channel numbers (B, 1, I, J, K) and drawn classes (B, C) to a loss."""
+
+
+def _monai(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    return loss(_marginal(logits, known), target)
+
+
+def _tversky(logits: Tensor, target: Tensor, missed: float, known: Tensor) -> Tensor:
+    """Return the index of each image and class above 0 that was drawn; with `missed` 0.5 it is Dice."""
+    shares = logits.softmax(dim=1)
     truth = functional.one_hot(target[:, 0], logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-    shares = logarithms.exp()
-    common = (shares * truth).flatten(2).sum(dim=2)
-    both = shares.flatten(2).sum(dim=2) + truth.flatten(2).sum(dim=2)
-    dice = ((2 * common + SMOOTH) / (both + SMOOTH))[:, 1:]
-    drawn = known[:, 1:]
-    return entropy + (1 - dice[drawn]).sum() / drawn.sum().clamp(min=1)
+    common, found, there = (part.flatten(2).sum(dim=2)[:, 1:] for part in (shares * truth, shares, truth))
+    index = (common + SMOOTH) / ((1 - missed) * found + missed * there + SMOOTH)
+    return index[known[:, 1:]] if known[:, 1:].any() else torch.ones(1, device=logits.device)
 
 
 def _marginal(logits: Tensor, known: Tensor) -> Tensor:
     """Return logits whose softmax has the undrawn classes' probabilities added to background's."""
+    if known.all():
+        return logits
     # Not minus infinity, of which the gradient of a softmax is no number.
     away = torch.finfo(logits.dtype).min / 2
     undrawn = ~known[(..., *[None] * (logits.ndim - 2))]

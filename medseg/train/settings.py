@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medseg.errors import UsageError
 from medseg.model.stored import Stored
+from medseg.train.loss import LossName
 
 STEPS_PER_EPOCH = 250
 """What an epoch means here, as in nnU-Net: a fixed number of steps, whatever the size of the dataset."""
@@ -46,12 +47,13 @@ class TrainSettings(Stored):
 
     `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
     `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
-    patches that are centered on a labelled voxel.
+    patches that are centered on a labelled voxel. `loss` is one of `train.loss`.
     """
 
     what = "recipe in train.json"
 
     batch: int = Field(default=2, ge=1)
+    loss: LossName = "dice_ce"
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
