@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from medseg.labels import PALETTE, Label, SnomedCode, make_labels
+from medseg.labels import PALETTE, Label, SnomedCode, complete, make_labels
 
 
 def test_a_table_is_sorted_by_value_and_leaves_background_out() -> None:
@@ -50,3 +50,13 @@ def test_a_label_that_makes_no_sense_is_refused(change: dict[str, Any], complain
 def test_a_label_cannot_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         make_labels([(1, "kidney")])[0].name = "liver"  # type: ignore[misc]
+
+
+def test_values_that_the_table_lacks_are_numbered() -> None:
+    table = make_labels([(2, "two"), (4, "four")])
+    assert [(label.value, label.name) for label in complete(table, [0, 3, 4, 70000])] == [
+        (2, "two"),
+        (3, "label 3"),
+        (4, "four"),
+        (70000, "label 70000"),
+    ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_grid
 
-from medseg.errors import GeometryError, InputError
+from medseg.errors import GeometryError, InputError, OutputError
 from medseg.labels import label_map, make_labels
-from medseg.report.measurements import measure
+from medseg.report.measurements import measure, save_measurements
 from medseg.volume import Grid, Volume
 
 TABLE = make_labels([(1, "liver"), (2, "spleen")])
@@ -108,3 +110,18 @@ def test_what_is_no_label_map_is_refused(array: np.ndarray) -> None:
 def test_whole_numbers_are_not_copied() -> None:
     labels = labels_on(make_grid("RAS"), v1=np.s_[0])
     assert np.shares_memory(label_map(labels), labels.array)
+
+
+def test_measurements_as_csv_and_json(tmp_path: Path) -> None:
+    grid = make_grid("RAS", (3, 3, 3))
+    rows = measure(labels_on(grid, v1=np.s_[:2]), TABLE, Volume(np.ones((1, 3, 3, 3)), grid))
+    save_measurements(rows, tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads(json.dumps([row.to_dict() for row in rows]))
+    save_measurements(rows, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        liver, spleen = csv.DictReader(file)
+    assert (liver["name"], liver["voxels"], liver["intensity_max"]) == ("liver", "18", "1.0")
+    assert [float(liver[name]) for name in ("x_mm", "y_mm", "z_mm")] == pytest.approx(rows[0].centroid_mm)
+    assert (spleen["voxels"], spleen["x_mm"], spleen["intensity_mean"]) == ("0", "", "")
+    with pytest.raises(OutputError, match=r"ends in \.json or \.csv"):
+        save_measurements(rows, tmp_path / "rows.txt")

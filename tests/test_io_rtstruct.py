@@ -1,0 +1,299 @@
+"""RT Structure Sets, read back by us and by pydicom alone, and judged by dciodvfy and plastimatch."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import SOURCES, STUDY, errors_of_dciodvfy, judge, some_labels, write_series, write_source
+
+import medseg
+from medseg.errors import GeometryError, InputError, OutputError
+from medseg.io.dicom_series import choose, find_series
+from medseg.io.regions import regions_of
+from medseg.io.rtstruct import load_rtstruct, save_rtstruct, write
+from medseg.labels import Label, SnomedCode
+from medseg.volume import Grid, Volume
+
+TABLE = (
+    Label(value=1, name="Füße", color="#ff0000"),
+    Label(value=2, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney")),
+    Label(value=5, name="liver", color="#0a141e"),
+    Label(value=7, name="not there", color="#ffffff"),
+)
+
+each_kind = pytest.mark.parametrize("kind", SOURCES)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "ct")
+
+
+def written(source: Path, labels: Volume | None = None) -> tuple[Volume, Path]:
+    labels = some_labels(choose(source)[1]) if labels is None else labels
+    path = source.parent / "rt.dcm"
+    assert save_rtstruct(labels, path, source=source, table=TABLE) == path
+    return labels, path
+
+
+@each_kind
+def test_labels_come_back(tmp_path: Path, kind: str) -> None:
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source)
+    back, table = load_rtstruct(path, source=source)
+    np.testing.assert_array_equal(back.array, labels.array)
+    assert back.grid.matches(labels.grid, 0)
+    assert [(label.value, label.name, label.color) for label in table] == [
+        (label.value, label.name, label.color) for label in TABLE[:3]
+    ]
+
+
+@each_kind
+def test_contours_lie_on_the_slices_that_they_refer_to(tmp_path: Path, kind: str) -> None:
+    """By pydicom alone: in the plane of their slice, at corners of its pixels, around as many as there are."""
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source)
+    slices = {data.SOPInstanceUID: data for data in map(pydicom.dcmread, source.iterdir())}
+    pixels = 0.0
+    for structure in pydicom.dcmread(path).ROIContourSequence:
+        for contour in structure.ContourSequence:
+            (image,) = contour.ContourImageSequence
+            data = slices[image.ReferencedSOPInstanceUID]
+            assert image.ReferencedSOPClassUID == data.SOPClassUID
+            points = np.array(contour.ContourData, float).reshape(-1, 3)
+            assert len(points) == contour.NumberOfContourPoints
+            offset = points - np.array(data.ImagePositionPatient, float)
+            along_row, along_column = np.array(data.ImageOrientationPatient, float).reshape(2, 3)
+            assert np.abs(offset @ np.cross(along_row, along_column)).max() < 1e-3
+            x, y = offset @ along_row / data.PixelSpacing[1], offset @ along_column / data.PixelSpacing[0]
+            assert np.abs(np.stack([x, y]) % 1 - 0.5).max() < 1e-3
+            # The area of a polygon, by its corners. A hole is walked the other way round and counts negative.
+            pixels += abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
+    assert pixels == pytest.approx((labels.array > 0).sum(), abs=0.1)
+
+
+def test_numbers_are_short_and_exact_and_a_long_contour_is_whole(tmp_path: Path) -> None:
+    far = [-1234.56789, 987.654321, 1777.7]
+    source = write_source(tmp_path / "ct", "oblique", shape=(150, 150), slices=[0], ImagePositionPatient=far)
+    grid = choose(source)[1]
+    comb = np.zeros((1, *grid.shape), np.uint8)
+    comb[0, ::2] = comb[0, :, 0] = 1
+    comb[0, 1::2, 1::2] = 1
+    labels, path = written(source, Volume(comb, grid))
+    data = pydicom.dcmread(path)
+    assert data.file_meta.TransferSyntaxUID == pydicom.uid.ImplicitVRLittleEndian
+    (contour,) = data.ROIContourSequence[0].ContourSequence
+    numbers = contour.get_item("ContourData").value.decode().split("\\")
+    assert sum(map(len, numbers)) > 2**16  # more than explicit value representations can hold
+    assert max(map(len, numbers)) <= 16
+    world = np.array(numbers, float).reshape(-1, 3) * (-1, -1, 1)
+    index = grid.to_index(world)
+    exact = grid.to_world(np.stack([*(np.round(index[:, :2].T + 0.5) - 0.5), np.zeros(len(index))], axis=1))
+    assert np.linalg.norm(world - exact, axis=1).max() < 1e-4
+    np.testing.assert_array_equal(load_rtstruct(path, source=source)[0].array, labels.array)
+
+
+def test_structures(source: Path) -> None:
+    data = pydicom.dcmread(written(source)[1])
+    assert [str(data.get(name)) for name in ("PatientName", "PatientID", "StudyInstanceUID", "PatientSex")] == [
+        STUDY[name] for name in ("PatientName", "PatientID", "StudyInstanceUID", "PatientSex")
+    ]
+    assert not {"PatientAge", "StudyDescription"} & {element.keyword for element in data}
+    assert [(roi.ROINumber, roi.ROIName) for roi in data.StructureSetROISequence] == [
+        (1, "Füße"), (2, "left kidney"), (5, "liver")
+    ]  # fmt: skip
+    assert [list(structure.ROIDisplayColor) for structure in data.ROIContourSequence][1] == [0, 255, 127]
+    code = data.RTROIObservationsSequence[1].RTROIIdentificationCodeSequence[0]
+    assert (code.CodeValue, code.CodingSchemeDesignator) == ("64033007", "SCT")
+    referenced = data.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
+    assert referenced.ReferencedSOPInstanceUID == STUDY["StudyInstanceUID"]
+    (series,) = referenced.RTReferencedSeriesSequence
+    assert len(series.ContourImageSequence) == 5
+
+
+def test_nothing_found_is_no_error_and_no_file(source: Path) -> None:
+    grid = choose(source)[1]
+    empty = Volume(np.zeros((1, *grid.shape), np.uint8), grid)
+    assert save_rtstruct(empty, source.parent / "rt.dcm", source=source, table=TABLE) is None
+    assert not (source.parent / "rt.dcm").exists()
+
+
+def test_structures_that_overlap_are_masks(source: Path) -> None:
+    grid = choose(source)[1]
+    masks = np.zeros((4, *grid.shape), np.uint8)
+    masks[0, 2:6, 2:6], masks[1, 4:9, 3:8, :3], masks[2, 0, 0, 4] = 1, 1, 1
+    back, table = load_rtstruct(written(source, Volume(masks, grid))[1], source=source)
+    np.testing.assert_array_equal(back.array, masks[:3])
+    assert [label.value for label in table] == [1, 2, 5]
+
+
+def test_a_source_without_identifiers_cannot_be_referred_to(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "ct", SOPClassUID="")
+    with pytest.raises(OutputError, match="does not state its SOPClassUID") as caught:
+        save_rtstruct(some_labels(choose(source)[1]), tmp_path / "rt.dcm", source=source)
+    assert caught.value.reason == "unreferable_source"
+
+
+def test_slices_that_have_no_grid_can_be_written(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", [0, 1, 2, 5], shape=(11, 13), **STUDY)
+    (series,) = find_series(tmp_path / "ct")
+    labels = some_labels(Grid((13, 11, 4), np.eye(4)))
+    write(regions_of(labels, TABLE), series.slices, tmp_path / "rt.dcm")
+    structures = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence
+    heights = {float(contour.ContourData[2]) for one in structures for contour in one.ContourSequence}
+    assert heights == {7.0, 12.0, 19.5}
+
+
+def edited(source: Path, edit: Callable[[Any], object]) -> Path:
+    """Return a structure set in which `edit` changed the contours of the first structure, a box of 3 x 3 x 5 voxels."""
+    grid = choose(source)[1]
+    box = np.zeros((1, *grid.shape), np.uint8)
+    box[0, 4:7, 5:8] = 1
+    path = written(source, Volume(box, grid))[1]
+    data = pydicom.dcmread(path)
+    edit(data)
+    data.save_as(path)
+    return path
+
+
+def contours_of(data: Any) -> Any:
+    return data.ROIContourSequence[0].ContourSequence
+
+
+def shifted(contour: Any, offset: tuple[float, float, float]) -> None:
+    contour.ContourData = [*(np.array(contour.ContourData, float).reshape(-1, 3) + offset).ravel()]
+
+
+def opened(data: Any) -> None:
+    contours_of(data)[0].ContourGeometricType = "OPEN_PLANAR"
+    contours_of(data)[1].ContourGeometricType = "POINT"
+    contours_of(data)[1].ContourData = contours_of(data)[1].ContourData[:3]
+    contours_of(data)[2].ContourData = contours_of(data)[2].ContourData[:6]
+
+
+def tipped(data: Any) -> None:
+    contours_of(data)[0].ContourData = [
+        value + (n == 2) for n, value in enumerate(contours_of(data)[0].ContourData)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("edit", "told", "voxels"),
+    [
+        (opened, "Of 5 contours, 3 are open lines or points and are left out", 2 * 9),
+        (tipped, "Of 5 contours, 1 are not parallel to the slices", 4 * 9),
+        (lambda data: shifted(contours_of(data)[4], (0, 0, 9)), "Of 5 contours, 1 lie outside the source", 4 * 9),
+        # 0.4 of a step: the first contour goes to its own slice, which is the nearest.
+        (lambda data: shifted(contours_of(data)[0], (0, 0, 1)), "1 lie between slices", 5 * 9),
+        # 0.6 of a step, and a voxel to the left: it goes to the next slice, and joins what is there.
+        (lambda data: shifted(contours_of(data)[0], (1.25, 0, 1.5)), "1 lie between slices", 4 * 9 + 3),
+    ],
+)
+def test_contours_that_do_not_fit_are_reported(
+    source: Path, edit: Callable[[Any], object], told: str, voxels: int
+) -> None:
+    path = edited(source, edit)
+    with pytest.warns(UserWarning, match=told):
+        labels, _ = load_rtstruct(path, source=source)
+    assert (labels.array > 0).sum() == voxels
+
+
+def with_a_hole(kind: str) -> Callable[[Any], None]:
+    def edit(data: Any) -> None:
+        for contour in list(contours_of(data)):
+            hole = pydicom.Dataset()
+            hole.update(contour)
+            points = np.array(contour.ContourData, float).reshape(-1, 3)
+            hole.ContourData = [*(points.mean(axis=0) + (points - points.mean(axis=0)) / 3).ravel()]
+            contour.ContourGeometricType = hole.ContourGeometricType = kind
+            contours_of(data).append(hole)
+
+    return edit
+
+
+@pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
+def test_a_contour_inside_another_is_a_hole(source: Path, kind: str) -> None:
+    labels, _ = load_rtstruct(edited(source, with_a_hole(kind)), source=source)
+    assert (labels.array > 0).sum() == 5 * 8
+    assert not labels.array[0, 5, 6].any()
+
+
+def moved_away(data: Any) -> None:
+    for contour in contours_of(data):
+        shifted(contour, (0, 0, 99))
+
+
+def another_frame(data: Any) -> None:
+    data.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.3"
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason", "match"),
+    [
+        (moved_away, "outside_source", "All contours lie outside"),
+        (another_frame, "frame_of_reference", "another frame of reference"),
+    ],
+)
+def test_structures_of_another_series_are_refused(
+    source: Path, edit: Callable[[Any], object], reason: str, match: str
+) -> None:
+    with pytest.raises(GeometryError, match=match) as caught:
+        load_rtstruct(edited(source, edit), source=source)
+    assert caught.value.reason == reason
+
+
+def test_another_object_is_refused(source: Path) -> None:
+    with pytest.raises(InputError, match="Expected an RT Structure Set") as caught:
+        load_rtstruct(next(source.iterdir()), source=source)
+    assert caught.value.reason == "not_rtstruct"
+
+
+def bare(data: Any) -> None:
+    """Leave out what may be left out, and number the structure 0."""
+    data.StructureSetROISequence[0].ROINumber = data.ROIContourSequence[0].ReferencedROINumber = 0
+    data.StructureSetROISequence[0].ROIName = ""
+    del data.ROIContourSequence[0].ROIDisplayColor
+
+
+def test_structures_without_name_color_or_number_get_some(source: Path) -> None:
+    labels, table = load_rtstruct(edited(source, bare), source=source)
+    assert [(label.value, label.name) for label in table] == [(1, "label 1")]
+    assert labels.array.sum() == 45
+
+
+def test_a_structure_that_was_not_drawn_is_empty(source: Path) -> None:
+    def edit(data: Any) -> None:
+        del data.ROIContourSequence[0].ContourSequence
+
+    labels, table = load_rtstruct(edited(source, edit), source=source)
+    assert (labels.array.sum(), len(table)) == (0, 1)
+
+
+def test_dciodvfy_finds_no_error(tmp_path: Path) -> None:
+    for kind in ("axial", "oblique", "tilted"):
+        source = write_source(tmp_path / kind, kind)
+        assert errors_of_dciodvfy(written(source)[1]) == []
+
+
+@pytest.mark.parametrize("kind", ["axial", "reversed"])
+def test_plastimatch_rasterizes_the_same_voxels(tmp_path: Path, kind: str) -> None:
+    source = write_source(tmp_path / "ct", kind)
+    labels, path = written(source)
+    assert_plastimatch_agrees(path, labels, source, tmp_path / "plastimatch")
+
+
+def assert_plastimatch_agrees(path: Path, labels: Volume, source: Path, folder: Path) -> None:
+    program = judge("plastimatch", "the Debian package plastimatch")
+    command = [program, "convert", "--input", path, "--referenced-ct", source, "--output-prefix", folder]
+    subprocess.run([*command, "--prefix-format", "nrrd"], check=True, capture_output=True)
+    for label in TABLE[:3]:
+        (file,) = folder.glob(f"{label.name.replace(' ', '?')}.nrrd")
+        theirs = medseg.load(file).reoriented(labels.grid.orientation)
+        assert theirs.grid.matches(labels.grid, 0.02)
+        np.testing.assert_array_equal(theirs.array > 0, labels.array == label.value)
