@@ -238,7 +238,7 @@ def test_a_full_disk_fails_studies_and_leaves_no_part_of_them(tmp_path, pipeline
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    code = f"open({str(tmp_path / 'probe')!r}, 'wb').write(bytes({limit + 1}))"
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'probe')!r}).write_bytes(bytes({limit + 1}))"
     bites = subprocess.run([sys.executable, "-c", code], preexec_fn=small_files, capture_output=True, check=False)
     assert bites.returncode == 1
     done = subprocess.run(
