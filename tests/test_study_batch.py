@@ -238,7 +238,7 @@ def test_a_full_disk_fails_studies_and_leaves_no_part_of_them(tmp_path, pipeline
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    code = f"open({str(tmp_path / 'probe')!r}, 'wb').write(bytes({limit + 1}))"
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'probe')!r}).write_bytes(bytes({limit + 1}))"
     bites = subprocess.run([sys.executable, "-c", code], preexec_fn=small_files, capture_output=True, check=False)
     assert bites.returncode == 1
     done = subprocess.run(
@@ -331,13 +331,27 @@ def test_a_network_that_cannot_be_loaded_ends_the_batch(tmp_path, pipeline):
     assert complete(tmp_path / "out") == {}
 
 
-def test_the_series_of_a_study_that_was_interpolated_is_recorded(tmp_path, pipeline):
+def test_dicom_outputs_are_written_or_the_reason_why_not(tmp_path):
     from dicom_files import write_series
 
-    write_series(tmp_path / "studies", [0, 1, 1.9, 3, 4, 5, 6, 7], shape=(10, 12), StudyInstanceUID="1.2.3.9")
-    (outcome,) = run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)
-    manifest = json.loads((tmp_path / "out" / outcome.study / "manifest.json").read_text())
-    assert manifest["status"] == "done"
-    assert (manifest["series"][0]["verdict"], manifest["series"][0]["reason"]) == ("repaired", "irregular_spacing")
-    labels = load(tmp_path / "out" / outcome.study / "labels.nii.gz")
+    pipeline = write_pipeline(tmp_path / "pipeline", outputs=["sr", "seg", "seg_labelmap", "rtstruct", "nifti"])
+    tags = {"shape": (10, 12), "StudyDate": "20200101", "StudyTime": "101010", "PatientID": "1"}
+    write_series(tmp_path / "studies" / "a", range(8), StudyInstanceUID="1.2.3.8", **tags)
+    irregular = [0, 1, 1.9, 3, 4, 5, 6, 7]
+    write_series(tmp_path / "studies" / "b", irregular, StudyInstanceUID="1.2.3.9", **tags)
+    regular, repaired = (
+        json.loads((tmp_path / "out" / one.study / "manifest.json").read_text())
+        for one in run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)
+    )
+    assert [regular["status"], repaired["status"]] == ["done", "done"], (regular["text"], repaired["text"])
+    assert [one["file"] for one in regular["outputs"]] == [
+        "labels.labelmap.dcm", "labels.nii.gz", "labels.rtstruct.dcm", "labels.seg.dcm", "measurements.sr.dcm",
+    ]  # fmt: skip
+    assert regular["not_written"] == {}
+    assert (repaired["series"][0]["verdict"], repaired["series"][0]["reason"]) == ("repaired", "irregular_spacing")
+    assert [one["file"] for one in repaired["outputs"]] == ["labels.nii.gz"]
+    assert {name: why["reason"] for name, why in repaired["not_written"].items()} == dict.fromkeys(
+        ("seg", "seg_labelmap", "rtstruct", "sr"), "irregular_spacing"
+    )
+    labels = load(tmp_path / "out" / repaired["study"] / "labels.nii.gz")
     assert np.allclose(labels.grid.spacing_mm[:2], (1.25, 0.75))

@@ -83,17 +83,17 @@ class TestCheck:
         [
             ({"channels": [RULE, RULE]}, r"the model has 1 channel\(s\) \(MRI\), not 2"),
             ({"cleanup": [{"labels": ["Anterior", "Liver"]}]}, "the model has no label 'Liver'"),
-            ({"outputs": ["nifti", "seg"]}, "there is no output 'seg' but nifti"),
+            ({"outputs": ["nifti", "stl"]}, "there is no output 'stl' but nifti, json, csv, picture, seg"),
         ],
     )
     def test_what_is_not_there_is_named(self, changes, text):
         with pytest.raises(UsageError, match=text):
             check_pipeline(pipeline(**changes))
 
-    def test_a_picture_needs_matplotlib(self, monkeypatch):
+    def test_some_outputs_need_packages(self, monkeypatch):
         monkeypatch.setattr("medseg.study.check.find_spec", lambda _: None)
-        with pytest.raises(UsageError, match="a picture needs matplotlib"):
-            check_pipeline(pipeline(outputs=["picture"]))
+        with pytest.raises(UsageError, match=r"a picture needs matplotlib.*; DICOM outputs need highdicom"):
+            check_pipeline(pipeline(outputs=["picture", "seg"]))
 
 
 def chosen(folder: Path, *rules: dict):

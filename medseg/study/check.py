@@ -15,7 +15,7 @@ from medseg.study.choose import choose
 from medseg.study.describe import series_names
 from medseg.study.find import find_studies
 from medseg.study.pipeline import Pipeline
-from medseg.study.run import WRITERS
+from medseg.study.run import DICOM_OUTPUTS, WRITERS
 
 
 def check_pipeline(pipeline: Pipeline) -> Path:
@@ -37,6 +37,8 @@ def check_pipeline(pipeline: Pipeline) -> Path:
     problems += [f"there is no output {name!r} but {outputs}" for name in pipeline.outputs if name not in WRITERS]
     if "picture" in pipeline.outputs and not find_spec("matplotlib"):
         problems.append('a picture needs matplotlib: pip install "medseg[report]"')
+    if DICOM_OUTPUTS & set(pipeline.outputs) and not find_spec("highdicom"):
+        problems.append("DICOM outputs need highdicom: pip install highdicom")
     if problems:
         raise UsageError(f"The pipeline cannot run: {'; '.join(problems)}.")
     return folder

@@ -17,11 +17,14 @@ import numpy as np
 import medseg
 from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
 from medseg.io import save
+from medseg.io.dicom_seg import save_dicom_seg
 from medseg.io.dicom_series import Series, read_series
 from medseg.io.files import written_whole
+from medseg.io.rtstruct import save_rtstruct
 from medseg.labels import Label
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
 from medseg.process.resample import resample
+from medseg.report.dicom_sr import save_dicom_sr
 from medseg.report.measurements import Measurement, measure
 from medseg.report.pictures import draw_overlay
 from medseg.study.choose import Selection, choose
@@ -89,6 +92,24 @@ def _write_picture(result: Result, path: Path) -> None:
     draw_overlay(result.image, result.labels, result.table, path)
 
 
+def _write_seg(result: Result, path: Path) -> None:
+    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table)
+
+
+def _write_labelmap(result: Result, path: Path) -> None:
+    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table, labelmap=True)
+
+
+def _write_rtstruct(result: Result, path: Path) -> None:
+    save_rtstruct(result.labels, path, source=result.series[0], table=result.table)
+
+
+def _write_sr(result: Result, path: Path) -> None:
+    segs = (path.with_name(WRITERS[name][0]) for name in ("seg", "seg_labelmap"))
+    seg = next((file for file in segs if file.is_file()), None)
+    save_dicom_sr(result.measurements, path, source=result.series[0], table=result.table, segmentation=seg)
+
+
 Writer = Callable[[Result, Path], None]
 
 WRITERS: dict[str, tuple[str, Writer]] = {
@@ -96,8 +117,18 @@ WRITERS: dict[str, tuple[str, Writer]] = {
     "json": ("measurements.json", _write_json),
     "csv": ("measurements.csv", _write_csv),
     "picture": ("picture.png", _write_picture),
+    "seg": ("labels.seg.dcm", _write_seg),
+    "seg_labelmap": ("labels.labelmap.dcm", _write_labelmap),
+    "rtstruct": ("labels.rtstruct.dcm", _write_rtstruct),
+    "sr": ("measurements.sr.dcm", _write_sr),
 }
-"""Outputs that a pipeline can ask for: the file's name, and what writes it."""
+"""Outputs that a pipeline can ask for: the file's name, and what writes it, in the order of writing."""
+
+DICOM_OUTPUTS = frozenset({"seg", "seg_labelmap", "rtstruct", "sr"})
+"""Outputs that refer to the slices of the source."""
+
+NOT_REFERABLE = frozenset({"unreferable_source", "irregular_spacing"})
+"""Why a source has no DICOM outputs: files without identifiers, and labels that lie between its slices."""
 
 
 def read_job(job: Job, pipeline: Pipeline) -> None:
@@ -141,7 +172,10 @@ def segment_job(job: Job, pipeline: Pipeline, model: Model) -> None:
 
 
 def write_job(job: Job, pipeline: Pipeline, table: tuple[Label, ...], folder: Path) -> None:
-    """Measure the labels and write the outputs of the pipeline to `folder`. Raises OutputError."""
+    """Measure the labels and write the outputs of the pipeline to `folder`. Raises OutputError.
+
+    DICOM outputs for a source that nothing can refer to are left out, with the reason in `job.facts["not_written"]`.
+    """
     if job.image is None or job.labels is None:
         raise InputError("The study has not been segmented.")
     measurements = tuple(measure(job.labels, table, job.image))
@@ -149,9 +183,16 @@ def write_job(job: Job, pipeline: Pipeline, table: tuple[Label, ...], folder: Pa
         {"value": one.value, "name": one.name, "volume_ml": round(one.volume_ml, 6)} for one in measurements
     ]
     result = Result(job.image, job.labels, table, measurements, job.series)
-    for name in pipeline.outputs:
-        file, write = WRITERS[name]
-        write(result, folder / file)
+    job.facts["not_written"] = {}
+    for name, (file, write) in WRITERS.items():
+        if name not in pipeline.outputs:
+            continue
+        try:
+            write(result, folder / file)
+        except MedsegError as error:
+            if name not in DICOM_OUTPUTS or error.reason not in NOT_REFERABLE:
+                raise
+            job.facts["not_written"][name] = {"reason": error.reason, "text": str(error)}
 
 
 def tidy(labels: Volume, step: Cleanup, table: Sequence[Label]) -> Volume:
