@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medseg.io import load, save
     from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg
     from medseg.io.rtstruct import load_rtstruct, save_rtstruct
+    from medseg.model.importing import import_model
     from medseg.model.segmenter import Model
     from medseg.model.soft import SoftMaps
     from medseg.report.dicom_sr import save_dicom_sr
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate",
     "evaluate_folder",
     "fingerprint",
+    "import_model",
     "load",
     "load_dicom_seg",
     "load_rtstruct",
@@ -60,6 +62,7 @@ _HOME = {
     "evaluate": "train.evaluate",
     "evaluate_folder": "report.metrics",
     "fingerprint": "train.fingerprint",
+    "import_model": "model.importing",
     "load": "io",
     "load_dicom_seg": "io.dicom_seg",
     "load_rtstruct": "io.rtstruct",

@@ -71,7 +71,13 @@ def state_of(network: nn.Module) -> dict[str, Tensor]:
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | None = None) -> None:
     """Put weights into a network. Raises ModelError where names or shapes differ from what its plan makes."""
-    expected = state_of(network)
+    check_state(network, state, path=path)
+    network.load_state_dict(state)
+
+
+def check_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | None = None) -> None:
+    """Compare weights with a network, which may be without memory. Raises ModelError where names or shapes differ."""
+    expected = network.state_dict()
     wrong = sorted(set(expected) ^ set(state))
     wrong += sorted(name for name in set(expected) & set(state) if expected[name].shape != state[name].shape)
     if wrong:
@@ -81,4 +87,3 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | Non
             path=path,
             reason="weights",
         )
-    network.load_state_dict(state)

@@ -1,0 +1,191 @@
+"""nnU-Net's own models imported and run beside nnU-Net, kind by kind.
+
+Each kind (see `peer_nnunet_models.KINDS`) gives results/nnunet/KIND.json; kinds whose file is there are left out. With
+random weights near-ties are everywhere, and logits are compared; with trained ones labels, and where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from measure import measure
+from peer_nnunet_models import KINDS
+
+from medseg.io import load
+from medseg.model.importing import import_model
+from medseg.model.preprocess import nonzero_box, prepare
+from medseg.model.segmenter import Model
+
+HERE = Path(__file__).resolve().parent
+PEER = HERE / "peer_nnunet_models.py"
+
+CORNER = 4
+"""Voxels from two faces of the volume or more within which nnU-Net's float16 weights underflow: its logits are not
+compared there."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things are: real scans, working files, results, nnU-Net's interpreter; and how long models are trained."""
+
+    realdata: Path
+    work: Path
+    results: Path
+    python: Path
+    epochs: int
+
+    def run(self, *arguments: object) -> None:
+        """Run the peer's script."""
+        done = subprocess.run(
+            [str(self.python), str(PEER), *map(str, arguments)],
+            check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+
+    def made(self, kind: str) -> Path:
+        """Return the folder of a kind: nnU-Net's `model`, test `images` and `labels`, and the model imported."""
+        folder = self.work / kind
+        if not (folder / "model").is_dir():
+            if KINDS[kind].base:
+                self.made(KINDS[kind].base)
+            shutil.rmtree(folder, ignore_errors=True)
+            self.run("make", kind, self.realdata, self.work, self.epochs)
+        shutil.rmtree(folder / "medseg", ignore_errors=True)
+        with warnings.catch_warnings(action="ignore"):
+            import_model(folder / "model", folder / "medseg")
+        return folder
+
+
+def compare(bench: Bench, kind: str) -> dict[str, Any]:
+    """Return how a kind's logits and labels differ from nnU-Net's, and the time and memory of both programs."""
+    folder = bench.made(kind)
+    mirror = ["mirror"] if len(KINDS[kind].folds) > 1 else []
+    result: dict[str, Any] = {"kind": kind, "epochs": bench.epochs}
+    for accumulate in ("float32", "float16"):
+        out = folder / accumulate
+        bench.run("predict", folder / "model", folder / "images", out, accumulate, *mirror)
+        model = Model.load(folder / "medseg", device="cpu", runtime="torch")
+        files = sorted(out.glob("*.npz"))
+        cases = [_compare_case(model, folder, file, mirror=bool(mirror)) for file in files]
+        result[accumulate] = {key: max(case[key] for case in cases) for key in cases[0] if key.startswith("error")}
+        result[accumulate] |= _labels(cases)
+    if bench.epochs:
+        result["side_by_side"] = _side_by_side(bench, folder, bool(mirror))
+    return result
+
+
+def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> dict[str, Any]:
+    peer = np.load(file)
+    name = file.name.removesuffix(".npz")
+    channels = sorted((folder / "images").glob(f"{name}_*.nii.gz"))
+    image = load(tuple(channels) if len(channels) > 1 else channels[0])
+    part = image.cropped(*nonzero_box(image))
+    prepared = prepare(part, model.plan)
+    axes = [0, *(1 + list(peer["transpose"]).index(2 - axis) for axis in range(3))]
+    data, logits = peer["data"].transpose(axes), peer["logits"].transpose(axes)
+    own = model.logits(prepared, mirror=mirror).numpy()
+    difference = np.abs(own - logits) / np.abs(logits).max()
+    labels = model.segment(image, mirror=mirror).array[0]
+    theirs = np.asarray(nibabel.load(file.with_name(f"{name}.nii.gz")).dataobj)
+    truth = np.asarray(nibabel.load(folder / "labels" / f"{name}.nii.gz").dataobj)
+    wrong = labels != theirs
+    step = np.spacing(peer["largest"].astype(np.float16)).astype(np.float32)
+    return {
+        "error_prepared": float(np.abs(prepared.array - data).max() / np.abs(data).max()),
+        "error_logits": float(difference[:, _away_from_corners(difference.shape[1:])].max()),
+        "error_logits_everywhere": float(difference.max()),
+        "dice": _dice(labels, theirs),
+        "dice_truth": _dice(theirs, truth),
+        "voxels": wrong.size,
+        "different": int(wrong.sum()),
+        "margins": (peer["margin"] / step)[wrong].tolist(),
+    }
+
+
+def _away_from_corners(shape: tuple[int, ...]) -> np.ndarray:
+    near = [np.minimum(np.arange(size), np.arange(size)[::-1]) < CORNER for size in shape]
+    i, j, k = near
+    return i[:, None, None].astype(int) + j[:, None] + k < 2
+
+
+def _dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mean Dice of the labels that either has."""
+    scores = [
+        2 * float(((a == value) & (b == value)).sum()) / float((a == value).sum() + (b == value).sum())
+        for value in set(np.unique(a)) | set(np.unique(b))
+        if value
+    ]
+    return float(np.mean(scores)) if scores else 1.0
+
+
+def _labels(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    margins = np.concatenate([case["margins"] for case in cases])
+    return {
+        "dice": min(case["dice"] for case in cases),
+        "dice_of_nnunet_with_the_truth": float(np.mean([case["dice_truth"] for case in cases])),
+        "voxels": sum(case["voxels"] for case in cases),
+        "different": sum(case["different"] for case in cases),
+        "largest_margin_of_nnunet_there_in_float16_steps": float(margins.max(initial=0)),
+        "different_beyond_4_steps": int((margins > 4).sum()),
+    }
+
+
+def _side_by_side(bench: Bench, folder: Path, mirror: bool) -> dict[str, Any]:
+    """Return time and memory of both command lines over the test images, two threads each."""
+    single = folder / "single"
+    shutil.rmtree(single, ignore_errors=True)
+    (single / "in").mkdir(parents=True)
+    first = sorted((folder / "images").iterdir())[0].name.removesuffix("_0000.nii.gz")
+    files = sorted((folder / "images").glob(f"{first}_*.nii.gz"))
+    for file in files:
+        shutil.copy(file, single / "in")
+    program = str(bench.python.with_name("nnUNetv2_predict_from_modelfolder"))
+    model = folder / "model"
+    folds = [file.name.removeprefix("fold_") for file in sorted(model.glob("fold_*"))]
+    tta = [] if mirror else ["--disable_tta"]
+    nnunet = [program, "-i", str(single / "in"), "-o", str(single / "out"), "-m", str(model), "-f", *folds]
+    nnunet += ["-device", "cpu", "-npp", "0", "-nps", "0", *tta]
+    own = [sys.executable, "-m", "medseg", "segment", str(folder / "medseg"), ",".join(map(str, files))]
+    own += [str(single / "own.nii.gz"), "--device", "cpu", *(["--mirror"] if mirror else [])]
+    found = {}
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "XDG_CACHE_HOME": str(single / "cache")}
+    for system, command in (("nnunet", nnunet), ("medseg_cold", own), ("medseg", own)):
+        measured = measure(command, single / "log.txt", 8, HERE.parent, environment)
+        found[system] = {"status": measured.status, "seconds": measured.seconds, "peak_gb": measured.peak_gb}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare kinds that have no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nnunet", type=Path, required=True, help="the Python of nnU-Net's own environment")
+    parser.add_argument("--realdata", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "nnunet")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--epochs", type=int, default=0, help="of 50 steps each; 0 leaves weights random")
+    chosen = parser.parse_args(arguments)
+    bench = Bench(chosen.realdata, chosen.work, chosen.results, chosen.nnunet, chosen.epochs)
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    for kind in chosen.kinds.split(","):
+        file = chosen.results / f"{kind}_{'trained' if chosen.epochs else 'random'}.json"
+        if not file.exists():
+            result = compare(bench, kind)
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Models of other toolkits, turned once into model folders of medseg."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as serialize
+
+from medseg.errors import ModelError, OutputError, UsageError
+from medseg.model.import_nnunet import Imported, is_nnunet, read_nnunet
+from medseg.model.networks import build_network
+from medseg.model.plan import Plan
+from medseg.model.untrusted import unpacked
+from medseg.model.weights import check_state
+from medseg.volume import Grid
+
+CHECKPOINTS = ("final", "best", "latest")
+
+DEEPEST = 3
+"""How many folders below the source a model may lie; nnU-Net's archives have DATASET/TRAINER__PLANS__CONFIGURATION."""
+
+
+def import_model(
+    source: str | PathLike[str],
+    folder: str | PathLike[str],
+    *,
+    orientation: str | None = None,
+    folds: Sequence[int] | None = None,
+    checkpoint: str = "final",
+    configuration: str | None = None,
+) -> Plan:
+    """Return the plan of a foreign model and write it, with its weights, as a model folder of medseg.
+
+    `source` is a trained model of nnU-Net v2: its folder, one above it, or the zip archive that nnU-Net exports. Where
+    it holds several, `configuration` names one, such as 3d_fullres. `orientation` is what the model's training images
+    had, such as RAS, where the model does not say; `folds` are by default all; `checkpoint` is final, best or latest.
+    Nothing of the source is run. Raises ModelError for a source that is damaged, unsafe or of a kind that medseg does
+    not have, UsageError for a folder that holds something, OutputError where it cannot be written.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise UsageError(f"A checkpoint is one of {', '.join(CHECKPOINTS)}; here it is {checkpoint!r}.")
+    if orientation is not None:
+        orientation = Grid((1, 1, 1), np.eye(4)).reoriented(orientation).orientation
+    where = Path(folder)
+    if where.exists() and (not where.is_dir() or any(where.iterdir())):
+        raise UsageError("The model needs a folder of its own: give one that is empty or does not exist.", path=where)
+    with _opened(Path(source)) as opened:
+        model = _chosen(opened, configuration)
+        imported = read_nnunet(model, orientation=orientation, folds=folds, checkpoint=checkpoint)
+        _write(imported, where)
+    if imported.plan.orientation == "as_stored":
+        warnings.warn(
+            "The model does not say how its training images were stored, and sees each image as that is stored. If you "
+            "know it, import the model again with that orientation, such as RAS.",
+            stacklevel=2,
+        )
+    return imported.plan
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[Path]:
+    """Give a folder with the files of the source."""
+    if source.is_dir():
+        yield source
+        return
+    if not zipfile.is_zipfile(source):
+        raise ModelError("A model is imported from a folder or a zip archive; this is neither.", path=source)
+    with unpacked(source, _wanted) as folder:
+        yield folder
+
+
+def _wanted(name: str) -> bool:
+    return name.endswith(("plans.json", "dataset.json")) or "/checkpoint_" in name
+
+
+def _chosen(source: Path, configuration: str | None) -> Path:
+    """Return the folder of the one model that the source holds, or that of a configuration."""
+    candidates = [source, *(folder for depth in range(1, DEEPEST + 1) for folder in sorted(source.glob("*/" * depth)))]
+    found = {folder.name.split("__")[-1]: folder for folder in candidates if is_nnunet(folder)}
+    if configuration is not None:
+        found = {name: model for name, model in found.items() if name == configuration}
+    if len(found) != 1:
+        raise ModelError(
+            f"One model is imported at a time, and the source holds {len(found)}"
+            + (f": {', '.join(sorted(found))}. Choose one by its configuration." if found else "."),
+            path=source,
+        )
+    return next(iter(found.values()))
+
+
+def _write(imported: Imported, where: Path) -> None:
+    """Write a model folder, whole or not at all."""
+    plan = imported.plan
+    with torch.device("meta"):  # shapes alone: what the plan asks for need not fit into memory
+        network = build_network(plan.network, len(plan.channels), plan.outputs)
+    for state in imported.folds.values():
+        check_state(network, state)
+    beside = where.with_name(f".{secrets.token_hex(8)}")
+    try:
+        beside.mkdir(parents=True)
+        plan.save(beside / "plan.json")
+        for fold, state in imported.folds.items():
+            weights = {name: tensor.contiguous() for name, tensor in state.items()}
+            (beside / f"fold_{fold}.safetensors").write_bytes(serialize(weights))
+        (beside / "MODEL_CARD.md").write_text(_card(imported), encoding="utf-8")
+        if where.exists():
+            where.rmdir()
+        beside.rename(where)
+    except OSError as error:
+        raise OutputError(f"The model folder could not be written: {error.strerror}.", path=where) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _card(imported: Imported) -> str:
+    plan = imported.plan
+    lines = [
+        f"# {plan.name}",
+        "",
+        f"- Imported from: {imported.facts[0]}",
+        *(f"- {fact}" for fact in imported.facts[1:]),
+        f"- Input: {', '.join(channel.name for channel in plan.channels)}, orientation {plan.orientation}",
+        f"- Labels: {', '.join(f'{label.value} {label.name}' for label in plan.labels)}",
+        "- Training data, license and intended use: see where the model comes from. Not a medical device.",
+        "",
+    ]
+    return "\n".join(lines)
