@@ -4,10 +4,12 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,8 @@ from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loop import TrainProgress, new_state, optimize, plan_from, schedule, train_dataset, train_model
+from medseg.train.loop import TrainProgress, plan_from, train_dataset, train_model
+from medseg.train.optimize import new_state, optimize, schedule
 from medseg.train.planner import make_plan
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -115,6 +118,27 @@ def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, pl
         new_state(plan, FAST, torch.device("cpu"), tmp_path / "first")
 
 
+def test_two_processes_train_as_one_with_twice_the_batch(balls, plan, tmp_path):
+    root = balls.cases[0].images[0].parents[1]
+    for name, batch in (("two", 1), ("one", 2)):
+        (tmp_path / name).mkdir()
+        plan.save(tmp_path / name / "plan.json")
+        FAST.model_copy(update={"batch": batch}).save(tmp_path / name / "train.json")
+    script = "import sys, torch; torch.set_num_threads(1); from medseg.train.loop import train_dataset\n"
+    script += "print(len(train_dataset(sys.argv[1], sys.argv[2], budget='6steps', folds=3).cases))"
+    (tmp_path / "train.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "train.py"), str(root), str(tmp_path / "two")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["0", "2"]
+    train_dataset(root, tmp_path / "one", budget="6steps", folds=3)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=2e-3)
+
+
 def test_a_finished_fold_is_not_trained_again(balls, plan, tmp_path):
     train_model(balls, plan, tmp_path, budget="2steps", settings=FAST)
     before = (tmp_path / "fold_0.safetensors").stat().st_mtime_ns
@@ -200,7 +224,7 @@ def test_a_model_folder_that_cannot_be_made_is_said_so(balls, plan, tmp_path):
 
 def test_a_time_budget_ends_in_time_and_the_learning_rate_with_it(balls, plan, tmp_path, monkeypatch):
     seconds = itertools.count()  # each look at the clock is a second later, so a step takes one
-    monkeypatch.setattr("medseg.train.loop.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr("medseg.train.optimize.time.monotonic", lambda: float(next(seconds)))
     training, _ = balls.fold(0, 3)
     sampler = Sampler(prepare_cases(training, plan, tmp_path), plan, 1, 0.5)
     state = new_state(plan, FAST, torch.device("cpu"))
@@ -238,7 +262,7 @@ def test_patches_that_ask_for_foreground_have_it_and_keep_image_and_target_toget
         prepare_cases(balls.cases, plan, tmp_path), plan.model_copy(update={"mirror_axes": (0, 1, 2)}), 3, 1.0
     )
     for step in range(20):
-        image, target, _ = sampler.patch(step, 0)
+        image, target, *_ = sampler.patch(step, 0)
         assert image.shape == (1, *plan.patch)
         assert target.shape == (1, *plan.patch)
         inside = target[0] == 1
@@ -251,7 +275,7 @@ def test_a_patch_that_is_not_turned_is_the_image_itself(balls, plan, tmp_path, m
     monkeypatch.setattr(Sampler, "_warp", lambda *_: np.eye(3))
     case = prepare_cases(balls.cases[:1], plan, tmp_path)[0]
     small = plan.model_copy(update={"patch": (8, 8, 8)})
-    image, target, _ = Sampler([case], small, 3, 0.0).patch(0, 0)
+    image, target, *_ = Sampler([case], small, 3, 0.0).patch(0, 0)
     found = [
         start
         for start in np.ndindex(*(size - 7 for size in case.target.shape))

@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor
 
 
-def change_intensities(images: Tensor, random: Generator) -> Tensor:
-    """Return the images with noise, brightness, contrast and gamma changed at random, each image on its own."""
-    for change, share in CHANGES:
-        for image in images:
+def change_intensities(images: Tensor, seeds: Tensor) -> Tensor:
+    """Return the images with noise, brightness, contrast and gamma changed at random, each image by its own seed."""
+    for image, seed in zip(images, seeds.tolist(), strict=True):
+        random = Generator().manual_seed(seed)
+        for change, share in CHANGES:
             if float(torch.rand((), generator=random)) < share:
                 image.copy_(change(image, random))
     return images

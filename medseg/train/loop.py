@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import hashlib
-import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch
-
 from medseg.errors import ModelError, OutputError
 from medseg.io.files import written_whole
-from medseg.model.networks import build_network, memory_format, placed
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.weights import begin_with, find_model, save_weights
+from medseg.model.weights import find_model, save_weights
 from medseg.report.metrics import Scores
-from medseg.train.augment import change_intensities
 from medseg.train.cache import prepare_cases
 from medseg.train.card import write_card
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import Case, Dataset, read_dataset
 from medseg.train.evaluate import evaluate
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loss import deep_loss
+from medseg.train.optimize import new_state, optimize
 from medseg.train.planner import make_plan
-from medseg.train.sampler import Batch, Sampler
+from medseg.train.ranks import joined
+from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
 
 HISTORY_STEPS = 50
 """Steps that one line of the history sums up."""
-
 
 CHECKPOINT_S = 60.0
 """Seconds between two checkpoints: the work that a crash can cost."""
@@ -75,17 +68,31 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     A plan.json that is in the folder is followed, and a train.json too but for the number of folds: edit them to
     decide otherwise. With `start`, a model, its plan is followed with the labels of the dataset, and its weights are
     where the training begins.
+    Under torchrun several processes train it together; the first one writes, validates and returns the scores.
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
     settings_file = where / "train.json"
-    cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
-    settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
-    settings = settings.model_copy(update={"folds": folds})
-    model = train_model(
-        cases, plan, where, budget=budget, fold=fold, settings=settings, start=start, device=device, progress=progress
-    )
-    return validate_fold(model, cases, where, fold=fold, progress=progress)
+    with joined() as ranks:
+        progress = progress if ranks.is_first else None
+        if ranks.is_first:
+            plan_dataset(dataset, where, start=start, progress=progress)
+        ranks.wait()
+        cases, plan = plan_dataset(dataset, where)
+        settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
+        settings = settings.model_copy(update={"folds": folds})
+        model = train_model(
+            cases,
+            plan,
+            where,
+            budget=budget,
+            fold=fold,
+            settings=settings,
+            start=start,
+            device=device,
+            progress=progress,
+        )
+        return validate_fold(model, cases, where, fold=fold, progress=progress) if ranks.is_first else Scores(())
 
 
 def plan_dataset(
@@ -133,21 +140,22 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     limit = Budget.parse(budget)
     where = Path(folder)
     training, _ = dataset.fold(fold, settings.folds)
-    _claim_folder(where, plan, settings)
-    weights, checkpoint = where / f"fold_{fold}.safetensors", where / f"fold_{fold}.checkpoint"
-    if not weights.is_file():
-        state = new_state(plan, settings, pick_device(device), start)
-        recipe = _recipe(plan, settings, limit, training)
-        if checkpoint.is_file():
-            state.load(checkpoint, recipe)
-        prepared = prepare_cases(training, plan, where / "cache", progress=_in_stage("prepare", progress))
-        sampler = Sampler(prepared, plan, settings.seed, settings.foreground)
-        _train(
-            state, optimize(state, sampler, settings, limit), limit, lambda: state.save(checkpoint, recipe), progress
-        )
-        _write_history(state.history, where / f"fold_{fold}.history.csv")
-        save_weights(state.average, weights)
-        checkpoint.unlink(missing_ok=True)
+    weights = where / f"fold_{fold}.safetensors"
+    with joined() as ranks:
+        if ranks.is_first:
+            _claim_folder(where, plan, settings)
+        if not ranks.agreed(weights.is_file()):
+            state = new_state(plan, settings, pick_device(device), start)
+            files = _Files(where, fold, _recipe(plan, settings, limit, training), writes=ranks.is_first)
+            files.resume(state)
+            report = _in_stage("prepare", progress)
+            if ranks.is_first:
+                prepare_cases(training, plan, where / "cache", progress=report)
+            ranks.wait()
+            sampler = Sampler(prepare_cases(training, plan, where / "cache"), plan, settings.seed, settings.foreground)
+            _train(state, optimize(state, sampler, settings, limit, ranks), limit, files, progress)
+            files.finish(state)
+        ranks.wait()
     # The other folds of the folder have seen the cases that this one is validated on.
     return Model.load(where, device=device, folds=(fold,))
 
@@ -185,53 +193,36 @@ def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
     return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels})
 
 
-def new_state(
-    plan: Plan, settings: TrainSettings, device: torch.device, start: str | PathLike[str] | None = None
-) -> TrainState:
-    """Return a network with its running average and optimizer: random from the seed, or with the weights of a model.
+@dataclass(frozen=True)
+class _Files:
+    """What a training of a fold leaves on the disk; of several processes one writes."""
 
-    Raises ModelError where that model's network is another one.
-    """
-    torch.manual_seed(settings.seed)
-    network = build_network(plan.network, len(plan.channels), plan.outputs)
-    if start is not None:
-        begin_with(network, start)
-    network = placed(network, device).train()
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
-    )
-    return TrainState(network, copy.deepcopy(network), optimizer)
+    folder: Path
+    fold: int
+    recipe: str
+    writes: bool
 
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"fold_{self.fold}.checkpoint"
 
-def optimize(state: TrainState, sampler: Sampler, settings: TrainSettings, budget: Budget) -> Iterator[float]:
-    """Yield the loss of each step until the budget is spent; `state` is updated in place before each yield.
+    def resume(self, state: TrainState) -> None:
+        if self.checkpoint.is_file():
+            state.load(self.checkpoint, self.recipe)
 
-    Time between the steps counts, so that a time budget is one of wall clock while the training runs.
-    Raises ModelError where the loss is no longer a number.
-    """
-    clock = time.monotonic()
-    for batch in _batches(sampler, settings.batch, state):
-        done = budget.spent(state.step, state.seconds)
-        if done >= 1:
-            return
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(done, settings.warmup)
-        loss = _step(state, settings, batch)
-        state.step += 1
-        state.seconds += time.monotonic() - clock
-        clock = time.monotonic()
-        yield loss
+    def save(self, state: TrainState) -> None:
+        if self.writes:
+            state.save(self.checkpoint, self.recipe)
 
-
-def schedule(done: float, warmup: float) -> float:
-    """Return the learning rate as a share of its highest when `done` of the budget is spent: rise, then cosine."""
-    if done < warmup:
-        return max(done, 1e-3) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+    def finish(self, state: TrainState) -> None:
+        if self.writes:
+            _write_history(state.history, self.folder / f"fold_{self.fold}.history.csv")
+            save_weights(state.average, self.folder / f"fold_{self.fold}.safetensors")
+            self.checkpoint.unlink(missing_ok=True)
 
 
 def _train(
-    state: TrainState, losses: Iterator[float], budget: Budget, save: Callable[[], None], progress: Progress | None
+    state: TrainState, losses: Iterator[float], budget: Budget, files: _Files, progress: Progress | None
 ) -> None:
     """Run the training: history, progress, and a checkpoint each minute, at the end, and when it is interrupted."""
     saved = time.monotonic()
@@ -258,47 +249,12 @@ def _train(
                     }
                 )
             if time.monotonic() - saved > CHECKPOINT_S:
-                save()
+                files.save(state)
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        save()
+        files.save(state)
         raise
-    save()
-
-
-def _step(state: TrainState, settings: TrainSettings, batch: Batch) -> float:
-    device = next(state.network.parameters()).device
-    random = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
-    images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), random)
-    loss = deep_loss(settings.loss, state.network(images), batch.target.to(device), batch.known.to(device))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ModelError(
-            f"The training diverged: the loss is {value} at step {state.step}. Try a lower learning rate.",
-            reason="diverged",
-        )
-    state.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_norm)
-    state.optimizer.step()
-    decay = min(settings.ema, (1 + state.step) / (10 + state.step))
-    with torch.no_grad():
-        for mean, weight in zip(state.average.parameters(), state.network.parameters(), strict=True):
-            mean.lerp_(weight, 1 - decay)
-    return value
-
-
-def _batches(sampler: Sampler, size: int, state: TrainState) -> Iterator[Batch]:
-    """Yield the batches from the state's step on; for a GPU, each is drawn while the one before is trained on."""
-    if next(state.network.parameters()).device.type == "cpu":
-        while True:  # a second thread would only take cores from the network
-            yield sampler.batch(state.step, size)
-    with ThreadPoolExecutor(1) as pool:
-        drawn = pool.submit(sampler.batch, state.step, size)
-        for step in itertools.count(state.step + 1):
-            batch = drawn.result()
-            drawn = pool.submit(sampler.batch, step, size)
-            yield batch
+    files.save(state)
 
 
 def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:

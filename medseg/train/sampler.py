@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,11 +22,12 @@ Generator = np.random.Generator
 
 
 class Batch(NamedTuple):
-    """Images (B, C, I, J, K), channel numbers (B, 1, I, J, K), and which classes (B, outputs) were drawn in each."""
+    """Images (B, C, I, J, K), channel numbers (B, 1, I, J, K), which classes (B, outputs) were drawn, and seeds (B)."""
 
     images: torch.Tensor
     target: torch.Tensor
     known: torch.Tensor
+    seeds: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,10 @@ class Sampler:
     seed: int
     foreground: float
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Return the patches of a step."""
-        parts = [self.patch(step, sample) for sample in range(size)]
-        images, targets, known = (torch.stack(part) for part in zip(*parts, strict=True))
-        return Batch(images, targets, known)
+    def batch(self, step: int, samples: Iterable[int]) -> Batch:
+        """Return some of the patches of a step."""
+        parts = [self.patch(step, sample) for sample in samples]
+        return Batch(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
     def patch(self, step: int, sample: int) -> Batch:
         """Return one patch, without the first axis of a batch, turned, scaled and mirrored at random."""
@@ -60,7 +60,8 @@ class Sampler:
         grid = _sampling_grid(matrix, center - start, patch, stop - start)
         image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
         target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
-        return Batch(image, target.long(), torch.from_numpy(case.known))
+        seed = torch.tensor(int(random.integers(2**62)))
+        return Batch(image, target.long(), torch.from_numpy(case.known), seed)
 
     def _center(self, case: Prepared, random: Generator) -> NDArray[np.float64]:
         size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)

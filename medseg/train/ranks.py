@@ -1,0 +1,73 @@
+"""Several processes that train one network: each draws its own part of the batch, and gradients are averaged.
+
+They are started by torchrun, which tells them in the environment who is who.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process among all this one is: its number, from 0, and how many there are; by itself 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every process has come this far."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def agreed(self, number: float) -> float:
+        """Return the number that the first process gives, so that all decide alike."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], dtype=torch.float64)
+        if torch.cuda.is_available():
+            shared = shared.cuda()
+        distributed.broadcast(shared, 0)
+        return float(shared)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes, in one exchange."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.size
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Give this process's place among those that torchrun started; without torchrun it is by itself."""
+    if not distributed.is_torchelastic_launched():
+        yield Ranks()
+        return
+    mine = not distributed.is_initialized()
+    if mine:
+        on_gpus = torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if on_gpus else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        if mine:
+            distributed.destroy_process_group()
