@@ -61,11 +61,11 @@ def test_seg_and_report(realdata: Path, tmp_path: Path, name: str, labelmap: boo
     expected = labels if labelmap else labels.with_array(np.array([0, 1, 2, 0, 0, 3], np.uint8)[labels.array])
     np.testing.assert_array_equal(load_dicom_seg(tmp_path / "seg.dcm", source=source)[0].array, expected.array)
     assert_dcmqi_agrees(tmp_path / "seg.dcm", expected, tmp_path / "dcmqi")
-    if not labelmap:  # dciodvfy is older than label maps
-        assert errors_of_dciodvfy(tmp_path / "seg.dcm") == []
     rows = measure(labels, TABLE, image)
     save_dicom_sr(rows, tmp_path / "sr.dcm", source=source, table=TABLE, segmentation=tmp_path / "seg.dcm")
-    assert errors_of_dciodvfy(tmp_path / "sr.dcm") == []
+    if not labelmap:  # dciodvfy is older than label maps, and than reports that refer to them
+        assert errors_of_dciodvfy(tmp_path / "seg.dcm") == []
+        assert errors_of_dciodvfy(tmp_path / "sr.dcm") == []
 
 
 @each_series
@@ -111,7 +111,8 @@ def test_seg_objects_of_others(realdata: Path, seg: str, source: str, references
     expected = np.zeros((len(table), *labels.grid.shape), bool)
     for reference in references:
         theirs = medseg.load(folder / reference)
-        inside = np.argwhere(theirs.array[0])
+        # On slices that a sparse SEG leaves out, dcmqi writes its padding value, which is no segment.
+        inside = np.argwhere(np.isin(theirs.array[0], [one.value for one in table]))
         index = np.round(labels.grid.to_index(theirs.grid.to_world(inside))).astype(int)
         numbers = np.searchsorted([one.value for one in table], theirs.array[0][tuple(inside.T)])
         expected[(numbers, *index.T)] = True
