@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import medseg
+from medseg.cli_import import import_
 from medseg.cli_show import (
     batch_table,
     clock,
@@ -358,31 +359,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command("import")
-def import_(
-    source: Annotated[Path, typer.Argument(help="A trained nnU-Net v2 model: its folder, or an exported zip archive.")],
-    model: Annotated[Path, typer.Argument(help="The model folder to write; it must be empty or not exist.")],
-    orientation: Annotated[
-        str | None, typer.Option(help="How the model's training images lay, such as RAS, where it does not say.")
-    ] = None,
-    configuration: Annotated[
-        str | None, typer.Option(help="Which one of several, such as 3d_fullres.", metavar="NAME")
-    ] = None,
-    folds: Annotated[str | None, typer.Option(help="Numbers such as 0,1; by default all that are there.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="final, best or latest.")] = "final",
-) -> None:
-    """Turn a model of nnU-Net v2 into a model folder. Nothing of the model is run."""
-    from medseg.model.importing import import_model
-
-    plan = import_model(
-        source,
-        model,
-        orientation=orientation,
-        configuration=configuration,
-        folds=None if folds is None else _whole_numbers(folds),
-        checkpoint=checkpoint,
-    )
-    out.print(f"{plan.name}: {len(plan.channels)} channel(s), {len(plan.labels)} label(s)", highlight=False)
+app.command("import")(import_)
 
 
 @app.command()
@@ -418,109 +395,3 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not (part.isdigit() and count.isdigit()):
         raise UsageError(f"A shard is i/n, such as 2/8; not {text!r}.")
     return int(part), int(count)
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"Folds are whole numbers, such as 0,1; not {text!r}.")
-    return tuple(int(part) for part in parts)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float, str], None]]:
-    """Give a function (stage, share done, detail) that moves a bar on standard error, if that is a terminal."""
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal) as bar:
-        stages: dict[str, TaskID] = {}
-
-        def show(stage: str, done: float, detail: str) -> None:
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=1.0, detail="")
-            bar.update(stages[stage], completed=done, detail=detail)
-
-        yield show
-
-
-def _tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], None]:
-    began: dict[str, float] = {}
-
-    def report(name: str, done: int, total: int) -> None:
-        seconds = time.monotonic() - began.setdefault(name, time.monotonic())
-        speed = (done - 1) / seconds if seconds else math.nan
-        left = _clock((total - done) / speed) if done > 1 else "?"
-        show(name, done / total, f"tile {done} of {total}  {speed:.1f}/s  {left} left" if done > 1 else "")
-
-    return report
-
-
-def _print_error(error: MedsegError, path: object) -> None:
-    place = "" if path is None else f"{path}: "
-    err.print(f"medseg: {place}{error}", markup=False, highlight=False, style="red", soft_wrap=True)
-
-
-def _print_json(content: object) -> None:
-    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(_plain(row.get(column, "")) for column in columns))
-    out.print(table, markup=False)
-
-
-def _print_series(series: Sequence[dict[str, Any]]) -> None:
-    columns = ("modality", "description", "slices", "spacing_mm", "orientation")
-    rows = [
-        {"": place, **{column: one.get(column) for column in columns}, "verdict": one["verdict"]}
-        for place, one in enumerate(series, start=1)
-    ]
-    _print_table(f"{len(series)} series", rows)
-    for row, one in zip(rows, series, strict=True):
-        if one["refusal"] is not None:
-            out.print(f"{row['']}: {one['refusal']}", markup=False, highlight=False)
-
-
-def _print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
-    rows = [{"label": row.value, "name": row.name, "volume_ml": row.volume_ml} for row in measurements]
-    if any(row.expected_volume_ml is not None for row in measurements):
-        for line, row in zip(rows, measurements, strict=True):
-            line["expected_volume_ml"] = row.expected_volume_ml
-    _print_table(title, rows)
-
-
-def _show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
-    content = scores.to_dict()
-    if as_json:
-        _print_json(content)
-        return
-    keys = ("dice", "iou", "precision", "recall", "volume_difference_ml")
-    rows = [{"label": row["name"], **{key: row[key] for key in keys}} for row in content["labels"]]
-    _print_table(
-        f"{title}: {len(scores.cases)} cases", [*rows, {"label": "mean", **{key: content["mean"][key] for key in keys}}]
-    )
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if isinstance(value, list):
-        return " x ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
-    return "" if value is None else str(value)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

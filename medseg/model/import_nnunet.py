@@ -18,7 +18,8 @@ from torch import Tensor
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.model.plan import Channel, Network, Plan, Region, Resampling, first_problem
+from medseg.model.plan import Channel, Network, Plan, Region, Resampling
+from medseg.model.stored import first_problem
 from medseg.model.untrusted import checksum, read_checkpoint, read_json, weights_in
 from medseg.process.normalize import CTNormalization, Normalization, Rescale, ZScore
 
