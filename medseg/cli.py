@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import medseg
+from medseg.cli_import import import_
 from medseg.cli_show import (
     batch_table,
     clock,
@@ -358,31 +359,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command("import")
-def import_(
-    source: Annotated[Path, typer.Argument(help="A trained nnU-Net v2 model: its folder, or an exported zip archive.")],
-    model: Annotated[Path, typer.Argument(help="The model folder to write; it must be empty or not exist.")],
-    orientation: Annotated[
-        str | None, typer.Option(help="How the model's training images lay, such as RAS, where it does not say.")
-    ] = None,
-    configuration: Annotated[
-        str | None, typer.Option(help="Which one of several, such as 3d_fullres.", metavar="NAME")
-    ] = None,
-    folds: Annotated[str | None, typer.Option(help="Numbers such as 0,1; by default all that are there.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="final, best or latest.")] = "final",
-) -> None:
-    """Turn a model of nnU-Net v2 into a model folder. Nothing of the model is run."""
-    from medseg.model.importing import import_model
-
-    plan = import_model(
-        source,
-        model,
-        orientation=orientation,
-        configuration=configuration,
-        folds=None if folds is None else _whole_numbers(folds),
-        checkpoint=checkpoint,
-    )
-    out.print(f"{plan.name}: {len(plan.channels)} channel(s), {len(plan.labels)} label(s)", highlight=False)
+app.command("import")(import_)
 
 
 @app.command()
@@ -418,10 +395,3 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if not (part.isdigit() and count.isdigit()):
         raise UsageError(f"A shard is i/n, such as 2/8; not {text!r}.")
     return int(part), int(count)
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise UsageError(f"Folds are whole numbers, such as 0,1; not {text!r}.")
-    return tuple(int(part) for part in parts)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nnunet_files
 import numpy as np
 import pytest
 from datasets import make_balls
@@ -313,3 +314,12 @@ def test_evaluating_a_perfect_prediction(run, tmp_path):
 def test_a_label_volume_is_a_volume(tmp_path):
     save(Volume(np.zeros((1, 2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4))), tmp_path / "x.nii.gz")
     assert load(tmp_path / "x.nii.gz").array.shape == (1, 2, 2, 2)
+
+
+def test_import(run, tmp_path):
+    source = nnunet_files.write_model(tmp_path / "source")
+    code, shown, _ = run("import", source, tmp_path / "model", "--orientation", "RAS", "--folds", "0")
+    assert (code, shown) == (0, "Dataset007_Test 3d_fullres: 1 channel(s), 2 label(s), orientation RAS\n")
+    assert (tmp_path / "model" / "plan.json").is_file()
+    code, _, shown = run("import", source, tmp_path / "other", "--folds", "first")
+    assert (code, shown) == (2, "medseg: Folds are whole numbers, such as 0,1; not 'first'.\n")

@@ -6,9 +6,11 @@ import json
 import zipfile
 
 import nnunet_files as files
+import nnunet_steps
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 import medseg
 from medseg.errors import GeometryError, ModelError, OutputError, UsageError
@@ -50,6 +52,52 @@ def test_the_network_is_the_same_function_whatever_the_order_of_axes(tmp_path, r
     assert result.patch == tuple(image.permute(order).shape[2:])
     assert [result.spacing_mm[2 - transpose[axis]] for axis in range(3)] == files.SPACING
     assert result.mirror_axes == tuple(sorted(2 - transpose[axis] for axis in (0, 2)))
+
+
+CASES = {
+    "plain": {},
+    "coarse along the first axis of the network": {"transpose": [2, 0, 1], "spacing": (1.0, 1.2, 5.0)},
+    "isotropic": {"plan_spacing": [1.3, 0.9, 1.1], "spacing": (1.0, 1.1, 1.0)},
+    "smaller than a patch": {"shape": (3, 9, 8), "plan_spacing": [1.3, 0.9, 1.1], "spacing": (1.0, 1.1, 1.0)},
+    "stripped": {"masked": True},
+    "flips": {"mirror": True},
+    "regions": {"order": [2, 1]},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_are_those_that_nnunet_gives(tmp_path, case):
+    shape, spacing, transpose, plan_spacing, masked, mirror, order = (
+        CASES[case].get(key, default)
+        for key, default in (
+            ("shape", (9, 25, 22)), ("spacing", (5.0, 1.2, 1.0)), ("transpose", [0, 1, 2]),
+            ("plan_spacing", files.SPACING), ("masked", False), ("mirror", False), ("order", []),
+        )
+    )  # fmt: skip
+    plan = with_configuration(spacing=plan_spacing, use_mask_for_norm=[masked]) | {"transpose_forward": transpose}
+    data = (
+        files.dataset(labels={"background": 0, "all": [1, 2], "one": 2}, regions_class_order=order) if order else None
+    )
+    outputs = len(order) or 3
+    imported(tmp_path, plan=plan, data=data, outputs=outputs)
+    model = Model.load(tmp_path / "model", device="cpu", runtime="torch")
+    turned = tuple(np.array(shape)[np.argsort(transpose)])
+    image = ndimage.gaussian_filter(np.random.default_rng(4).normal(100, 300, turned), 1)[None].astype(np.float32)
+    image[:, :2] = image[:, :, :3] = 0
+    spacing = [spacing[place] for place in np.argsort(transpose)]
+    state = files.weights(outputs=outputs)
+
+    def network(tile):
+        with torch.inference_mode():
+            return files.logits(state, torch.from_numpy(tile)[None].float())[0].numpy()
+
+    flips = (0, 2) if mirror else ()
+    expected = nnunet_steps.segment(image, spacing, network, plan, mirror=flips, order=order).transpose(2, 1, 0)
+    affine = np.diag([-spacing[2], spacing[1], spacing[0], 1])
+    volume = Volume(image.transpose(0, 3, 2, 1), Grid(expected.shape, affine))
+    found = model.segment(volume, mirror=mirror).array[0]
+    assert len(np.unique(expected)) > 1
+    assert (found != expected).mean() < 1e-3
 
 
 def test_what_nnunet_does_with_an_image_is_in_the_plan(tmp_path):

@@ -19,7 +19,7 @@ from datasets import make_balls
 from medseg.errors import ModelError, OutputError, UsageError
 from medseg.io import load
 from medseg.labels import make_labels
-from medseg.model.plan import Plan
+from medseg.model.plan import Plan, Region
 from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
 from medseg.train import loop
@@ -323,3 +323,10 @@ def test_label_files_of_a_trained_model_lie_where_the_image_does(balls, plan, tm
     image = load(balls.cases[2].images[0])
     assert model.segment(image).grid.matches(image.grid)
     assert isinstance(new_state(plan, FAST, torch.device("cpu")), TrainState)
+
+
+def test_a_plan_with_regions_is_not_trained(balls, plan, tmp_path):
+    regions = (Region(name="all", members=(1,), value=1),)
+    with pytest.raises(ModelError, match="can be used, but not trained"):
+        train_model(balls, plan.model_copy(update={"regions": regions}), tmp_path / "model", budget="1steps")
+    assert not (tmp_path / "model").exists()

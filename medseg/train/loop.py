@@ -138,6 +138,8 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     """
     settings = settings or TrainSettings()
     limit = Budget.parse(budget)
+    if plan.regions:
+        raise ModelError("A plan whose outputs are overlapping regions can be used, but not trained. Leave them out.")
     where = Path(folder)
     training, _ = dataset.fold(fold, settings.folds)
     weights = where / f"fold_{fold}.safetensors"
@@ -190,7 +192,7 @@ def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
             path=start,
             reason="channels",
         )
-    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels})
+    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels, "regions": ()})
 
 
 @dataclass(frozen=True)
