@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from medseg.study.batch import Outcome
     from medseg.study.batch import Progress as BatchProgress
 
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
 out = Console()
 err = Console(stderr=True)
 

@@ -1,0 +1,24 @@
+"""Options that several verbs of the command line share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; by default the fastest there is.")]
+Assume = Annotated[
+    str | None,
+    typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
+]
+Start = Annotated[str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")]
+Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")]
+Uncertainty = Annotated[
+    bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")
+]
+ExpectedVolumes = Annotated[
+    bool, typer.Option("--expected-volumes", help="Also sum the probabilities of each label to a volume.")
+]
+Mirror = Annotated[bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")]
+Reuse = Annotated[bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")]
