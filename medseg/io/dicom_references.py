@@ -54,7 +54,10 @@ PATIENT_AND_STUDY = {
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 """Without these, nothing can refer to a file."""
 
-OTHER = ("SpecificCharacterSet", "Modality", "Rows", "Columns", "SliceThickness", "PositionReferenceIndicator")
+OTHER = (
+    *("SpecificCharacterSet", "Modality", "Rows", "Columns", "SliceThickness", "PositionReferenceIndicator"),
+    *("NumberOfFrames", "PerFrameFunctionalGroupsSequence"),
+)
 
 
 def located(source: Source) -> tuple[Series, Grid]:
@@ -69,19 +72,23 @@ def located(source: Source) -> tuple[Series, Grid]:
 def headers(slices: Sequence[Slice]) -> list[Dataset]:
     """Return for each slice what an object that refers to it repeats, in clean form, and its geometry.
 
+    NumberOfFrames is there for the frames of enhanced files alone.
     Raises OutputError (`unreferable_source`) where a file lacks an identifier, so that nothing can refer to it.
     """
     from pydicom import dcmread
 
     found = []
     step_mm = _step_mm(slices)
+    files: dict[Path, Dataset] = {}
     for part in slices:
         with parsing(part.path):
-            tags = [*IDENTITY, *PATIENT_AND_STUDY, *OTHER]
-            header = _clean(dcmread(part.path, stop_before_pixels=True, specific_tags=tags), part, step_mm)
+            if part.path not in files:
+                tags = [*IDENTITY, *PATIENT_AND_STUDY, *OTHER]
+                files[part.path] = dcmread(part.path, stop_before_pixels=True, specific_tags=tags)
+            header = _clean(files[part.path], part, step_mm)
         missing = [name for name in IDENTITY if not header.get(name)]
         if missing:
-            raise _unreferable(f"A file of the source does not state its {', '.join(missing)}", part.path)
+            raise unreferable(f"A file of the source does not state its {', '.join(missing)}", part.path)
         found.append(header)
     return found
 
@@ -90,6 +97,16 @@ def lps(points: NDArray[np.float64], plane: NDArray[np.float64]) -> NDArray[np.f
     """Return the positions (n, 3) in DICOM's LPS mm of points (n, 2) of a slice: columns and rows, in pixels."""
     to_lps = LPS_TO_RAS @ plane
     return np.asarray(points @ to_lps[:3, :2].T + to_lps[:3, 3])
+
+
+def item(**fields: object) -> Dataset:
+    """Return a Dataset with these elements."""
+    from pydicom import Dataset
+
+    made = Dataset()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
 
 
 def named(text: str) -> str:
@@ -130,7 +147,7 @@ def referring(path: Path) -> Iterator[None]:
         with silence():
             yield
     except damage() as error:
-        raise _unreferable("The headers of the source break the DICOM standard", path) from error
+        raise unreferable("The headers of the source break the DICOM standard", path) from error
     finally:
         log.setLevel(level)
 
@@ -177,6 +194,8 @@ def _clean(data: Dataset, part: Slice, step_mm: float) -> Dataset:
         text = str(data.get(name) or "")
         setattr(header, name, text if re.fullmatch(pattern, text) else "")
     header.Rows, header.Columns = data.Rows, data.Columns
+    if "PerFrameFunctionalGroupsSequence" in data:
+        header.NumberOfFrames = data.NumberOfFrames
     # A slice of a series that was accepted or repaired has a plane.
     plane = LPS_TO_RAS @ (np.eye(4) if part.plane is None else part.plane)
     column_step, row_step = np.linalg.norm(plane[:3, :2], axis=0)
@@ -193,7 +212,8 @@ def _clean(data: Dataset, part: Slice, step_mm: float) -> Dataset:
     return header
 
 
-def _unreferable(what: str, path: Path) -> OutputError:
+def unreferable(what: str, path: Path) -> OutputError:
+    """Return the error for a source that no DICOM object can refer to."""
     return OutputError(
         f"{what}, so no DICOM object can refer to it. Save the labels as NIfTI, or export the series again.",
         path=path,

@@ -24,9 +24,11 @@ from medseg.io.dicom_references import (
     code_of,
     equipment,
     headers,
+    item,
     located,
     named,
     referring,
+    unreferable,
 )
 from medseg.io.dicom_slice import Slice, parsing
 from medseg.io.files import written_whole
@@ -86,6 +88,8 @@ def write(
         labelmap = False
     sources = headers(slices)
     with referring(path):
+        if "NumberOfFrames" in sources[0]:
+            sources, regions = _enhanced(slices, sources, regions)
         segmentation = _segmentation(regions, sources, labelmap, algorithm)
         if labelmap:
             # By name, since GDCM ends the process for some sizes of frames (odd numbers of pixels).
@@ -117,7 +121,7 @@ def load_dicom_seg(
         if data.get("Modality") != "SEG" or "SegmentSequence" not in data:
             raise InputError("Expected a DICOM SEG; this is another object.", path=path, reason="not_seg")
         check_frame_of_reference(str(data.get("FrameOfReferenceUID", "")), series, path)
-        table = tuple(_label(item) for item in data.SegmentSequence if item.SegmentNumber > 0)
+        table = tuple(_label(one) for one in data.SegmentSequence if one.SegmentNumber > 0)
         places = _places(data, grid, threshold)
     nowhere = [np.zeros(0, np.intp)]
     return volume_of(
@@ -156,6 +160,30 @@ def _segmentation(regions: Regions, sources: list[Dataset], labelmap: bool, algo
     )
 
 
+def _enhanced(slices: Sequence[Slice], sources: Sequence[Dataset], regions: Regions) -> tuple[list[Dataset], Regions]:
+    """Return the one file of an enhanced series as highdicom takes it, and the regions on each of its frames.
+
+    Frames that are no slice of the stack are empty and left out; they keep the numbers of the others right.
+    """
+    if len({part.path for part in slices}) > 1:
+        raise unreferable("The frames of the source lie in several enhanced files", slices[0].path)
+    source = sources[0]
+    # highdicom wants a position of its own for each frame, of empty ones too.
+    places = {n: [0, 0, 1e6 + n] for n in range(source.NumberOfFrames)}
+    places |= {part.frame: header.ImagePositionPatient for part, header in zip(slices, sources, strict=True)}
+    measures = item(PixelSpacing=source.PixelSpacing, SliceThickness=source.SliceThickness)
+    orientation = item(ImageOrientationPatient=source.ImageOrientationPatient)
+    source.SharedFunctionalGroupsSequence = [
+        item(PixelMeasuresSequence=[measures], PlaneOrientationSequence=[orientation])
+    ]
+    source.PerFrameFunctionalGroupsSequence = [
+        item(PlanePositionSequence=[item(ImagePositionPatient=place)]) for place in places.values()
+    ]
+    frames = np.zeros((source.NumberOfFrames, *regions.frames.shape[1:]), regions.frames.dtype)
+    frames[[part.frame for part in slices]] = regions.frames
+    return [source], Regions(regions.labels, frames)
+
+
 def _description(number: int, label: Label, algorithm: str | None) -> SegmentDescription:
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.color import CIELabColor
@@ -178,18 +206,18 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
     )
 
 
-def _label(item: Dataset) -> Label:
+def _label(segment: Dataset) -> Label:
     from highdicom.color import CIELabColor
 
-    number = int(item.SegmentNumber)
+    number = int(segment.SegmentNumber)
     color = PALETTE[(number - 1) % len(PALETTE)]
-    if item.get("RecommendedDisplayCIELabValue"):
-        color = "#" + bytes(CIELabColor.from_dicom_value(item.RecommendedDisplayCIELabValue).to_rgb(clip=True)).hex()
-    (code,) = item.get("SegmentedPropertyTypeCodeSequence") or [{}]
+    if segment.get("RecommendedDisplayCIELabValue"):
+        color = "#" + bytes(CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue).to_rgb(clip=True)).hex()
+    (code,) = segment.get("SegmentedPropertyTypeCodeSequence") or [{}]
     snomed = None
     if code.get("CodingSchemeDesignator") == "SCT" and code.get("CodeValue"):
         snomed = SnomedCode(value=str(code.CodeValue), meaning=str(code.get("CodeMeaning", "")))
-    return Label(value=number, name=str(item.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
+    return Label(value=number, name=str(segment.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
 
 
 def _places(data: Dataset, grid: Grid, threshold: float) -> Places:

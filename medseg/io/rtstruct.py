@@ -28,6 +28,7 @@ from medseg.io.dicom_references import (
     color_of,
     equipment,
     headers,
+    item,
     located,
     lps,
     named,
@@ -94,7 +95,7 @@ def write(
         data = _structure_set(regions.labels, sources, algorithm)
         contours = _contours(regions, slices, sources)
         data.ROIContourSequence = [
-            _item(ROIDisplayColor=[*color_of(label)], ReferencedROINumber=label.value, ContourSequence=contours[place])
+            item(ROIDisplayColor=[*color_of(label)], ReferencedROINumber=label.value, ContourSequence=contours[place])
             for place, label in enumerate(regions.labels)
         ]
         with written_whole(path) as beside:
@@ -134,13 +135,14 @@ def _structure_set(labels: Sequence[Label], sources: Sequence[Dataset], algorith
 
     first, (date, time) = sources[0], now()
     frame = first.FrameOfReferenceUID
-    series = _item(SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=[_image(one) for one in sources])
-    study = _item(
+    instances = {one.SOPInstanceUID: one for one in sources}.values()
+    series = item(SeriesInstanceUID=first.SeriesInstanceUID, ContourImageSequence=[_image(one) for one in instances])
+    study = item(
         ReferencedSOPClassUID=STUDY_CLASS,
         ReferencedSOPInstanceUID=first.StudyInstanceUID,
         RTReferencedSeriesSequence=[series],
     )
-    data = _item(
+    data = item(
         SpecificCharacterSet=UTF8,
         SOPClassUID=RTStructureSetStorage,
         SOPInstanceUID=generate_uid(),
@@ -158,9 +160,9 @@ def _structure_set(labels: Sequence[Label], sources: Sequence[Dataset], algorith
         StructureSetLabel="SEGMENTATION",
         StructureSetDate=date,
         StructureSetTime=time,
-        ReferencedFrameOfReferenceSequence=[_item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])],
+        ReferencedFrameOfReferenceSequence=[item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])],
         StructureSetROISequence=[
-            _item(
+            item(
                 ROINumber=label.value,
                 ReferencedFrameOfReferenceUID=frame,
                 ROIName=named(label.name),
@@ -182,8 +184,8 @@ def _structure_set(labels: Sequence[Label], sources: Sequence[Dataset], algorith
 
 def _observation(number: int, label: Label) -> Dataset:
     value, scheme, meaning = code_of(label)
-    code = _item(CodeValue=value, CodingSchemeDesignator=scheme, CodeMeaning=meaning)
-    return _item(
+    code = item(CodeValue=value, CodingSchemeDesignator=scheme, CodeMeaning=meaning)
+    return item(
         ObservationNumber=number,
         ReferencedROINumber=label.value,
         RTROIIdentificationCodeSequence=[code],
@@ -192,17 +194,12 @@ def _observation(number: int, label: Label) -> Dataset:
     )
 
 
-def _image(source: Dataset) -> Dataset:
-    return _item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
-
-
-def _item(**fields: object) -> Dataset:
-    from pydicom import Dataset
-
-    item = Dataset()
-    for name, value in fields.items():
-        setattr(item, name, value)
-    return item
+def _image(source: Dataset, frame: int | None = None) -> Dataset:
+    """Return the reference to a file, or to one frame of an enhanced one, counted from 0."""
+    image = item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
+    if frame is not None and "NumberOfFrames" in source:
+        image.ReferencedFrameNumber = frame + 1
+    return image
 
 
 def _contours(regions: Regions, slices: Sequence[Slice], sources: Sequence[Dataset]) -> dict[int, list[Dataset]]:
@@ -212,7 +209,7 @@ def _contours(regions: Regions, slices: Sequence[Slice], sources: Sequence[Datas
         if part.plane is None:
             raise GeometryError("A slice of the source does not say where it lies.", reason="no_geometry")
         for place, polygon in _outlines(frame):
-            contours[place].append(_contour(lps(polygon, part.plane), source))
+            contours[place].append(_contour(lps(polygon, part.plane), _image(source, part.frame)))
     return contours
 
 
@@ -233,12 +230,12 @@ def _outlines(frame: NDArray[np.generic]) -> Iterator[tuple[int, Polygon]]:
                 yield place, polygon + np.array([columns.start, rows.start])
 
 
-def _contour(points: NDArray[np.float64], source: Dataset) -> Dataset:
+def _contour(points: NDArray[np.float64], image: Dataset) -> Dataset:
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
 
-    item = _item(
-        ContourImageSequence=[_image(source)],
+    contour = item(
+        ContourImageSequence=[image],
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(points),
     )
@@ -246,20 +243,20 @@ def _contour(points: NDArray[np.float64], source: Dataset) -> Dataset:
     text = "\\".join(map(str, (np.round(points, DECIMALS) + 0.0).ravel().tolist())).encode()
     text += b" " * (len(text) % 2)
     tag = Tag("ContourData")
-    item[tag] = RawDataElement(tag, "DS", len(text), text, 0, True, True)
-    item.set_original_encoding(True, True, "iso8859")
-    return item
+    contour[tag] = RawDataElement(tag, "DS", len(text), text, 0, True, True)
+    contour.set_original_encoding(True, True, "iso8859")
+    return contour
 
 
 def _parts(data: Dataset, grid: Grid) -> tuple[list[tuple[Label, NDArray[np.intp]]], Counter[str]]:
     """Return each structure with the flat indices into (slices, rows, columns) it covers, and what was met."""
-    colors = {int(item.ReferencedROINumber): item for item in data.get("ROIContourSequence") or []}
+    drawn = {int(one.ReferencedROINumber): one for one in data.get("ROIContourSequence") or []}
     numbers = [int(roi.ROINumber) for roi in data.StructureSetROISequence]
     usable = min(numbers) > 0 and len(set(numbers)) == len(numbers)
     found: Counter[str] = Counter()
     parts = []
     for place, (number, roi) in enumerate(zip(numbers, data.StructureSetROISequence, strict=True), start=1):
-        own = colors.get(number)
+        own = drawn.get(number)
         value = number if usable else place
         color = PALETTE[(value - 1) % len(PALETTE)]
         if own is not None and own.get("ROIDisplayColor"):
