@@ -49,7 +49,7 @@ def save_dicom_sr(
         groups = [_group(row, labels[row.value], series.modality, sources, segments) for row in rows]
         own = equipment()
         report = ComprehensiveSR(
-            evidence=[*sources, *([segments] if segments else [])],
+            evidence=[*{one.SOPInstanceUID: one for one in sources}.values(), *([segments] if segments else [])],
             content=_content(groups),
             series_instance_uid=generate_uid(),
             series_number=902,
