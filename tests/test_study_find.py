@@ -16,6 +16,7 @@ from medseg.errors import InputError, SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
 from medseg.io.dicom_series import find_series, read, read_series
 from medseg.study.archive import opened, unpack
+from medseg.study.cohort import find_cohort
 from medseg.study.describe import describe_studies, series_names
 from medseg.study.find import find_studies
 
@@ -268,6 +269,31 @@ class TestPlaces:
             describe_studies(tmp_path)
         with pytest.raises(UnreadableFile, match="does not exist"):
             find_studies(tmp_path / "nowhere")
+
+
+class TestManyFiles:
+    def test_several_processes_read_what_one_reads(self, tmp_path, monkeypatch):
+        for number in range(4):
+            write_series(
+                tmp_path / str(number), StudyInstanceUID=f"1.2.{number % 2}", SeriesInstanceUID=f"1.3.{number}"
+            )
+        (tmp_path / "1" / "cut.dcm").touch()
+        (tmp_path / "0" / "cut").write_bytes(next((tmp_path / "0").iterdir()).read_bytes()[:300])
+        alone, alone_cohort = find_studies(tmp_path), find_cohort(tmp_path)
+        monkeypatch.setattr("medseg.study.headers.MANY", 10)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        together = find_studies(tmp_path)
+        assert [study.files for study in together] == [study.files for study in alone]
+        for ours, theirs in zip(together, alone, strict=True):
+            assert [one.n_slices for one in ours.series] == [one.n_slices for one in theirs.series]
+            assert [(str(one), one.path, one.reason) for one in ours.problems] == [
+                (str(one), one.path, one.reason) for one in theirs.problems
+            ]
+            for one, other in zip(ours.series, theirs.series, strict=True):
+                assert one.grid.matches(other.grid, 0)
+        assert find_cohort(tmp_path) == alone_cohort
+        monkeypatch.setattr("sys.executable", "false")  # where no process can be started, this one does it all
+        assert find_cohort(tmp_path) == alone_cohort
 
 
 class TestDescriptions:
