@@ -94,13 +94,13 @@ def test_info_of_a_study_gives_each_series_its_verdict(run):
     code, out, _ = run("info", SAMPLES / "ct_study", "--json")
     series = json.loads(out)["series"]
     assert code == 0
-    assert len(series) == 3
-    assert sorted(one["verdict"] for one in series) == ["accepted", "accepted", "refused"]
+    assert len(series) == 4
+    assert sorted(one["verdict"] for one in series) == ["accepted", "accepted", "refused", "refused"]
     table = run("info", SAMPLES / "ct_study")[1]
     assert table.count("accepted") == 2
-    assert "only serves to plan a scan" in table  # the refusal in words, below the table
-    assert "description" not in table
-    assert "description" in run("info", SAMPLES / "ct_study", "--descriptions")[1]
+    assert "only serves to plan" in table  # the refusal in words, below the table
+    assert "description" not in series[0]
+    assert "description" in run("info", SAMPLES / "ct_study", "--descriptions", "--json")[1]
 
 
 def test_convert_there_and_back_keeps_voxels_and_place(run, scan, tmp_path):

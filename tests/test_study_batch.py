@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from studies import NAME, complete, write_pipeline, write_study
 
@@ -335,27 +334,35 @@ def test_a_network_that_cannot_be_loaded_ends_the_batch(tmp_path, pipeline):
     assert complete(tmp_path / "out") == {}
 
 
-def test_dicom_outputs_are_written_or_the_reason_why_not(tmp_path):
+def test_dicom_outputs_lie_on_the_slices_of_the_source_or_say_why_not(tmp_path):
+    import pydicom
     from dicom_files import write_series
 
-    pipeline = write_pipeline(tmp_path / "pipeline", outputs=["sr", "seg", "seg_labelmap", "rtstruct", "nifti"])
+    outputs = ["sr", "seg", "seg_labelmap", "rtstruct", "nifti"]
+    pipeline = write_pipeline(tmp_path / "pipeline", outputs=outputs)
     tags = {"shape": (10, 12), "StudyDate": "20200101", "StudyTime": "101010", "PatientID": "1"}
-    write_series(tmp_path / "studies" / "a", range(8), StudyInstanceUID="1.2.3.8", **tags)
     irregular = [0, 1, 1.9, 3, 4, 5, 6, 7]
+    write_series(tmp_path / "studies" / "a", range(8), StudyInstanceUID="1.2.3.8", **tags)
     write_series(tmp_path / "studies" / "b", irregular, StudyInstanceUID="1.2.3.9", **tags)
-    regular, repaired = (
-        json.loads((tmp_path / "out" / one.study / "manifest.json").read_text())
-        for one in run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)
-    )
-    assert [regular["status"], repaired["status"]] == ["done", "done"], (regular["text"], repaired["text"])
-    assert [one["file"] for one in regular["outputs"]] == [
-        "labels.labelmap.dcm", "labels.nii.gz", "labels.rtstruct.dcm", "labels.seg.dcm", "measurements.sr.dcm",
-    ]  # fmt: skip
-    assert regular["not_written"] == {}
+    write_series(tmp_path / "studies" / "c", range(8), StudyInstanceUID="1.2.3.7", SOPClassUID="", **tags)
+    names = [one.study for one in run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)]
+    regular, repaired, blank = (json.loads((tmp_path / "out" / name / "manifest.json").read_text()) for name in names)
+    files = ["labels.labelmap.dcm", "labels.nii.gz", "labels.rtstruct.dcm", "labels.seg.dcm", "measurements.sr.dcm"]
+    for manifest, name in ((regular, names[0]), (repaired, names[1])):
+        assert manifest["status"] == "done", manifest["text"]
+        assert [one["file"] for one in manifest["outputs"]] == files
+        assert manifest["not_written"] == {}
+        source = {
+            float(header.ImagePositionPatient[2]): header.SOPInstanceUID
+            for header in map(pydicom.dcmread, (tmp_path / "studies" / "ab"[name == names[1]]).iterdir())
+        }
+        frames = pydicom.dcmread(tmp_path / "out" / name / "labels.seg.dcm").PerFrameFunctionalGroupsSequence
+        assert {float(frame.PlanePositionSequence[0].ImagePositionPatient[2]) for frame in frames} <= source.keys()
     assert (repaired["series"][0]["verdict"], repaired["series"][0]["reason"]) == ("repaired", "irregular_spacing")
-    assert [one["file"] for one in repaired["outputs"]] == ["labels.nii.gz"]
-    assert {name: why["reason"] for name, why in repaired["not_written"].items()} == dict.fromkeys(
-        ("seg", "seg_labelmap", "rtstruct", "sr"), "irregular_spacing"
+    labels = load(tmp_path / "out" / names[1] / "labels.nii.gz")
+    assert labels.grid.shape[2] > 8
+    assert blank["status"] == "done"
+    assert [one["file"] for one in blank["outputs"]] == ["labels.nii.gz"]
+    assert {name: why["reason"] for name, why in blank["not_written"].items()} == dict.fromkeys(
+        ("seg", "seg_labelmap", "rtstruct", "sr"), "unreferable_source"
     )
-    labels = load(tmp_path / "out" / repaired["study"] / "labels.nii.gz")
-    assert np.allclose(labels.grid.spacing_mm[:2], (1.25, 0.75))

@@ -14,8 +14,9 @@ from multiframe_files import write_enhanced
 
 from medseg.errors import InputError, SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
-from medseg.io.dicom_series import find_series, read, read_series
+from medseg.io.dicom_series import find_series, read, read_series, slice_places
 from medseg.study.archive import opened, unpack
+from medseg.study.cohort import find_cohort
 from medseg.study.describe import describe_studies, series_names
 from medseg.study.find import find_studies
 
@@ -139,6 +140,7 @@ class TestRepair:
         assert volume.grid.spacing_mm[2] == pytest.approx(step)
         np.testing.assert_allclose(volume.grid.to_world((0, 0, 8)), [0, 0, 11.5], atol=1e-9)
         assert volume.array.dtype == np.int16
+        assert slice_places(series).tolist() == [0, 1, 3, 5, 7, 8]
         # Values that grow evenly along the normal are found exactly between slices, too.
         np.testing.assert_allclose(volume.array[0, 0, 0], 100 * step * np.arange(9), atol=0.5)
 
@@ -268,6 +270,31 @@ class TestPlaces:
             describe_studies(tmp_path)
         with pytest.raises(UnreadableFile, match="does not exist"):
             find_studies(tmp_path / "nowhere")
+
+
+class TestManyFiles:
+    def test_several_processes_read_what_one_reads(self, tmp_path, monkeypatch):
+        for number in range(4):
+            write_series(
+                tmp_path / str(number), StudyInstanceUID=f"1.2.{number % 2}", SeriesInstanceUID=f"1.3.{number}"
+            )
+        (tmp_path / "1" / "cut.dcm").touch()
+        (tmp_path / "0" / "cut").write_bytes(next((tmp_path / "0").iterdir()).read_bytes()[:300])
+        alone, alone_cohort = find_studies(tmp_path), find_cohort(tmp_path)
+        monkeypatch.setattr("medseg.study.headers.MANY", 10)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        together = find_studies(tmp_path)
+        assert [study.files for study in together] == [study.files for study in alone]
+        for ours, theirs in zip(together, alone, strict=True):
+            assert [one.n_slices for one in ours.series] == [one.n_slices for one in theirs.series]
+            assert [(str(one), one.path, one.reason) for one in ours.problems] == [
+                (str(one), one.path, one.reason) for one in theirs.problems
+            ]
+            for one, other in zip(ours.series, theirs.series, strict=True):
+                assert one.grid.matches(other.grid, 0)
+        assert find_cohort(tmp_path) == alone_cohort
+        monkeypatch.setattr("sys.executable", "false")  # where no process can be started, this one does it all
+        assert find_cohort(tmp_path) == alone_cohort
 
 
 class TestDescriptions:

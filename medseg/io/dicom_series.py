@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
@@ -127,6 +128,17 @@ def read_series(series: Series) -> Volume:
     return Volume(_interpolated(_voxels(series.slices), series.slices, series.regular_grid), series.regular_grid)
 
 
+def slice_places(series: Series) -> NDArray[np.intp]:
+    """Return for each slice of a series the k of the voxels nearest to it in what `read_series` gives.
+
+    That is 0, 1, 2 ... but for slices with irregular steps, which lie between those of the regular grid.
+    """
+    grid = series.regular_grid
+    if series.grid is not None or grid is None:
+        return np.arange(series.n_slices)
+    return np.rint(_heights(series.slices, grid)).astype(np.intp)
+
+
 def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
     """Return the FrameOfReferenceUID of the series that `read` would read; "" where the series states none.
 
@@ -234,7 +246,7 @@ def _stored(slices: Sequence[Slice]) -> list[Array]:
 
 def _interpolated(voxels: Array, slices: Sequence[Slice], grid: Grid) -> Array:
     """Return voxels (1, I, J, K) of irregular slices at the slices of `grid`: linear, whole numbers stay whole."""
-    at = grid.to_index(np.array([part.plane[:3, 3] for part in slices if part.plane is not None]))[:, 2]
+    at = _heights(slices, grid)
     result = np.empty((*voxels.shape[:3], grid.shape[2]), voxels.dtype, order="F")
     for k in range(grid.shape[2]):
         behind = int(np.clip(np.searchsorted(at, k), 1, len(at) - 1))
@@ -242,6 +254,13 @@ def _interpolated(voxels: Array, slices: Sequence[Slice], grid: Grid) -> Array:
         mixed = (1 - share) * voxels[..., behind - 1] + share * voxels[..., behind]
         result[..., k] = mixed if voxels.dtype.kind == "f" else np.rint(mixed)
     return result
+
+
+def _heights(slices: Sequence[Slice], grid: Grid) -> NDArray[np.float64]:
+    """Return the k of each slice in `grid`, as a fraction."""
+    origins = np.array([part.plane[:3, 3] for part in slices if part.plane is not None])
+    heights: NDArray[np.float64] = grid.to_index(origins)[:, 2]
+    return heights
 
 
 def _dtype(slices: Sequence[Slice], stored: Sequence[Array]) -> np.dtype[np.generic]:

@@ -9,10 +9,10 @@ from os import PathLike
 from pathlib import Path
 
 from medseg.errors import MedsegError, UsageError
-from medseg.io.dicom_slice import read_study_uid
 from medseg.io.files import reading
 from medseg.study.archive import is_archive
-from medseg.study.find import check_no_dicom, listed, warmed
+from medseg.study.find import listed, no_dicom
+from medseg.study.headers import all_study_uids
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,20 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
         root.stat()
     problems: list[MedsegError] = []
     uids: dict[str, str] = {}
-    groups: dict[str, list[Path]] = {}
-    for file in warmed(listed(root, problems)):
-        try:
-            identity, uid = _identity(file, root)
-        except MedsegError as error:
-            problems.append(error)
-            continue
-        if identity:
+    files = listed(root, problems)
+    archives = {file for file in files if is_archive(file)}
+    groups: dict[str, list[Path]] = {f"archive {_below(file, root)}": [file] for file in sorted(archives)}
+    for file, uid in all_study_uids([file for file in files if file not in archives]):
+        problem = no_dicom(file) if uid is None else uid
+        if isinstance(problem, MedsegError):
+            problems.append(problem)
+        elif isinstance(uid, str):
+            identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
             uids[identity] = uid
             groups.setdefault(identity, []).append(file)
     _add_problems(groups, problems, root)
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
-
-
-def _identity(file: Path, root: Path) -> tuple[str, str]:
-    """Return what names the study of a file, and its UID; blank where the file belongs to none."""
-    if is_archive(file):
-        return f"archive {_below(file, root)}", ""
-    uid = read_study_uid(file)
-    if uid is None:
-        check_no_dicom(file)
-        return "", ""
-    return (f"study {uid}", uid) if uid else (f"folder {_below(file.parent, root)}", "")
 
 
 def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:

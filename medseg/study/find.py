@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os import PathLike
@@ -15,14 +14,9 @@ import numpy as np
 from medseg.errors import MedsegError, UnreadableFile
 from medseg.io.dicom_geometry import parallel
 from medseg.io.dicom_series import Series, make_series
-from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
+from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
-
-READERS = 16
-"""Threads that fetch the heads of files ahead of the parser: it waits for no disk and no network."""
-
-HEAD_BYTES = 1 << 16
-"""What they fetch; headers of single slices are shorter."""
+from medseg.study.headers import all_headers
 
 LEAST_PART = 3
 """A part of a series counts as regular from so many slices on: two always have equal steps."""
@@ -59,15 +53,14 @@ def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) ->
     """Return the studies that these files belong to, as `find_studies` does; `problems` are those met before."""
     problems = [*problems]
     found: dict[str, list[Slice]] = {}
-    for file in warmed(files):
-        try:
-            parts = read_headers(file)
-            if not parts:
-                check_no_dicom(file)
-            for part in parts:
-                found.setdefault(part.study_uid or str(file.parent), []).append(part)
-        except MedsegError as error:
-            problems.append(error)
+    for file, parts in all_headers(files):
+        if isinstance(parts, MedsegError):
+            problems.append(parts)
+            continue
+        if not parts and (problem := no_dicom(file)):
+            problems.append(problem)
+        for part in parts:
+            found.setdefault(part.study_uid or str(file.parent), []).append(part)
     return [*_with_problems([_study(slices) for slices in found.values()], problems)]
 
 
@@ -84,18 +77,13 @@ def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
     return sorted(file for file in below if file.is_file())
 
 
-def warmed(files: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files in order, each after its head was fetched by another thread."""
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(_fetch, files)
-
-
-def check_no_dicom(file: Path) -> None:
-    """Raise UnreadableFile where a file that is no DICOM says by its name that it should be one."""
-    if file.suffix.lower() == ".dcm" and not file.name.startswith("."):
-        raise UnreadableFile(
-            "A file is called .dcm and is empty, damaged or no DICOM. Copy or export it again.", path=file
-        )
+def no_dicom(file: Path) -> UnreadableFile | None:
+    """Return the error for a file that is no DICOM though its name says that it should be one."""
+    if file.suffix.lower() != ".dcm" or file.name.startswith("."):
+        return None
+    return UnreadableFile(
+        "A file is called .dcm and is empty, damaged or no DICOM. Copy or export it again.", path=file
+    )
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -161,15 +149,6 @@ def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
         else:
             problems.append(UnreadableFile("A file that the DICOMDIR names is missing.", path=file, reason="missing"))
     return files
-
-
-def _fetch(file: Path) -> Path:
-    try:
-        with file.open("rb") as opened:
-            opened.read(HEAD_BYTES)
-    except OSError:
-        pass  # the parser meets the same error, and reports it
-    return file
 
 
 def _alike(first: Slice, other: Slice) -> bool:

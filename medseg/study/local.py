@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from medseg.study.headers import package_environment
 from medseg.study.worker import Start, Task
 
 END_S = 10.0
@@ -29,15 +28,13 @@ class Process:
     """
 
     def __init__(self, start: Start, events: SimpleQueue[Event]):
-        package = str(Path(__file__).parents[2])
-        paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = {} if start.threads is None else {"OMP_NUM_THREADS": str(start.threads)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "medseg.study.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths, **threads},
+            env=package_environment() | threads,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for who started it, who ends it
         )

@@ -7,7 +7,7 @@ import json
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,10 @@ import numpy as np
 
 import medseg
 from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
-from medseg.io import save
-from medseg.io.dicom_seg import save_dicom_seg
-from medseg.io.dicom_series import Series, read_series
+from medseg.io import dicom_seg, rtstruct, save
+from medseg.io.dicom_series import Series, read_series, slice_places
 from medseg.io.files import written_whole
-from medseg.io.rtstruct import save_rtstruct
+from medseg.io.regions import Regions, regions_of
 from medseg.labels import Label
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
 from medseg.process.resample import resample
@@ -32,7 +31,7 @@ from medseg.study.describe import study_facts
 from medseg.study.find import read_studies
 from medseg.study.ledger import sha256
 from medseg.study.pipeline import Cleanup, Pipeline
-from medseg.volume import Volume
+from medseg.volume import Grid, Volume
 
 if TYPE_CHECKING:
     from medseg.model.segmenter import Model
@@ -93,21 +92,29 @@ def _write_picture(result: Result, path: Path) -> None:
 
 
 def _write_seg(result: Result, path: Path) -> None:
-    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table)
+    dicom_seg.write(_on_slices(result), result.series[0].slices, path)
 
 
 def _write_labelmap(result: Result, path: Path) -> None:
-    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table, labelmap=True)
+    dicom_seg.write(_on_slices(result), result.series[0].slices, path, labelmap=True)
 
 
 def _write_rtstruct(result: Result, path: Path) -> None:
-    save_rtstruct(result.labels, path, source=result.series[0], table=result.table)
+    rtstruct.write(_on_slices(result), result.series[0].slices, path)
 
 
 def _write_sr(result: Result, path: Path) -> None:
     segs = (path.with_name(WRITERS[name][0]) for name in ("seg", "seg_labelmap"))
     seg = next((file for file in segs if file.is_file()), None)
-    save_dicom_sr(result.measurements, path, source=result.series[0], table=result.table, segmentation=seg)
+    source = replace(result.series[0], grid=result.labels.grid)
+    save_dicom_sr(result.measurements, path, source=source, table=result.table, segmentation=seg)
+
+
+def _on_slices(result: Result) -> Regions:
+    """Return the labels on the source's own slices: of interpolated ones, those of the nearest."""
+    on_slices = result.labels.array[..., slice_places(result.series[0])]
+    i, j, k = on_slices.shape[1:]
+    return regions_of(Volume(on_slices, Grid((i, j, k), result.labels.grid.affine)), result.table)
 
 
 Writer = Callable[[Result, Path], None]
@@ -126,9 +133,6 @@ WRITERS: dict[str, tuple[str, Writer]] = {
 
 DICOM_OUTPUTS = frozenset({"seg", "seg_labelmap", "rtstruct", "sr"})
 """Outputs that refer to the slices of the source."""
-
-NOT_REFERABLE = frozenset({"unreferable_source", "irregular_spacing"})
-"""Why a source has no DICOM outputs: files without identifiers, and labels that lie between its slices."""
 
 
 def read_job(job: Job, pipeline: Pipeline) -> None:
@@ -190,7 +194,7 @@ def write_job(job: Job, pipeline: Pipeline, table: tuple[Label, ...], folder: Pa
         try:
             write(result, folder / file)
         except MedsegError as error:
-            if name not in DICOM_OUTPUTS or error.reason not in NOT_REFERABLE:
+            if name not in DICOM_OUTPUTS or error.reason != "unreferable_source":
                 raise
             job.facts["not_written"][name] = {"reason": error.reason, "text": str(error)}
 
