@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_export import ALWAYS, NEVER, ROUNDING, interpolated, kinds, make_logits, painted, seeds
 
+from medseg.errors import OutputError
 from medseg.model import export, stream
 from medseg.model.prune import Cells
 from medseg.model.soft import SoftMaps
@@ -130,6 +132,20 @@ def test_probabilities_and_their_entropy_are_those_of_interpolated_logits(monkey
     np.testing.assert_allclose(soft.uncertainty.array[0], entropy, atol=1e-6)
     np.testing.assert_allclose(soft.volumes_ml, expected.sum(axis=(1, 2, 3)) * onto.voxel_mm3 / 1000, rtol=1e-5)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_place_is_said_so(tmp_path):
+    soft = SoftMaps(uncertainty=True, folder=tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="no place for probabilities"):
+        soft.begin(make_grid("RAS", (2, 2, 2)), 2, (slice(None),) * 3, regions=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(OutputError, match="no place for probabilities"):
+            SoftMaps(uncertainty=True, folder=tmp_path).begin(
+                make_grid("RAS", (20, 20, 20)), 2, (slice(None),) * 3, regions=False
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 def test_regions_have_sigmoids_and_the_entropy_of_the_least_certain():

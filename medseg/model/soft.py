@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.errors import OutputError
 from medseg.model.stream import Index, Piece
 from medseg.volume import Grid, Volume
 
@@ -68,13 +71,25 @@ class SoftMaps:
     def _empty(self, channels: int, grid: Grid) -> Volume:
         # As files have it, each channel on its own and the first axis quickest: written in one go.
         shape = (channels, *reversed(grid.shape))
-        array: NDArray[Any]
-        if self._folder is None:
-            array = np.zeros(shape, np.float32)
-        else:
-            with tempfile.TemporaryFile(dir=self._folder) as nameless:
-                array = np.memmap(nameless, np.float32, mode="w+", shape=shape)
+        array = np.zeros(shape, np.float32) if self._folder is None else _mapped(shape, Path(self._folder))
         return Volume(array.transpose(0, 3, 2, 1), grid)
+
+
+def _mapped(shape: tuple[int, ...], folder: Path) -> NDArray[np.float32]:
+    """Return zeros in a file without a name. Raises OutputError where the folder is missing or has no room."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as nameless:
+            # Room is taken at once: a disk that is full later would end the process without a word.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(nameless.fileno(), 0, 4 * math.prod(shape))
+            return np.memmap(nameless, np.float32, mode="w+", shape=shape)
+    except OSError as error:
+        raise OutputError(
+            f"There is no place for probabilities beside the output: {error.strerror}. Check that the folder exists "
+            "and that the disk has room for a number for each voxel and label.",
+            path=folder,
+            reason="no_room",
+        ) from error
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
