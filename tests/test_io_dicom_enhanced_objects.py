@@ -11,6 +11,8 @@ import pydicom
 import pytest
 from dicom_files import STUDY, errors_of_dciodvfy, some_labels, write_source
 from multiframe_files import write_enhanced
+from pydicom.uid import generate_uid
+from test_io_dicom_objects_realdata import blobs
 from test_io_dicom_seg import assert_dcmqi_agrees
 
 import medseg
@@ -20,6 +22,7 @@ from medseg.io.dicom_series import choose, find_series, make_series
 from medseg.io.rtstruct import load_rtstruct, save_rtstruct
 from medseg.report.dicom_sr import save_dicom_sr
 from medseg.report.measurements import measure
+from medseg.volume import Volume
 
 
 def enhanced_source(folder: Path) -> Path:
@@ -72,7 +75,7 @@ def test_frames_in_several_files_are_refused(tmp_path: Path) -> None:
     (path,) = source.iterdir()
     shutil.copy(path, source / "other")
     data = pydicom.dcmread(source / "other")
-    data.SOPInstanceUID += ".1"
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     for frame in data.PerFrameFunctionalGroupsSequence:
         position = frame.PlanePositionSequence[0]
         step = 5 * 2.5 * np.cross(*np.reshape(frame.PlaneOrientationSequence[0].ImageOrientationPatient, (2, 3)))
@@ -100,7 +103,7 @@ def test_one_of_several_stacks_in_a_real_file(realdata: Path, tmp_path: Path) ->
     for place, slices in enumerate(stacks.values()):
         stack = make_series(slices)
         assert stack.grid is not None
-        labels = some_labels(stack.grid)
+        labels = blobs(Volume(np.zeros((1, *stack.grid.shape), np.uint8), stack.grid))
         save_dicom_seg(labels, tmp_path / f"{place}.dcm", source=stack, labelmap=True)
         np.testing.assert_array_equal(load_dicom_seg(tmp_path / f"{place}.dcm", source=stack)[0].array, labels.array)
         save_rtstruct(labels, tmp_path / "rt.dcm", source=stack)
