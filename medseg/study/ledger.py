@@ -69,12 +69,13 @@ class Ledger:
             with os.fdopen(handle, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows(row for row in rows if row[0] not in known)
 
+    def work_path(self, study: str, token: str) -> Path:
+        """Return a new path for unfinished outputs of a study."""
+        return self.out / ".work" / f"{study}.{token}.{secrets.token_hex(4)}"
+
     def work_folder(self, study: str, token: str) -> Path:
-        """Return a new folder for the unfinished outputs of a study."""
-        folder = self.out / ".work" / f"{study}.{token}.{secrets.token_hex(4)}"
-        with _guarded(folder):
-            folder.mkdir(parents=True)
-        return folder
+        """Return a new, empty folder for unfinished outputs of a study. Raises OutputError."""
+        return emptied(self.work_path(study, token))
 
     def publish(self, study: str, work: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Put the outputs in `work` in place with their manifest, in one rename; return the manifest.
@@ -135,6 +136,14 @@ class Ledger:
         """Remove what an interrupted run left of a study that is claimed by the caller."""
         for folder in (self.out / ".work").glob(f"{study}.*"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def emptied(folder: Path) -> Path:
+    """Return the folder, there and empty. Raises OutputError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with _guarded(folder):
+        folder.mkdir(parents=True)
+    return folder
 
 
 def state(files: Sequence[tuple[str, Path]]) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.study.archive import is_archive, opened
 from medseg.study.find import listed
-from medseg.study.ledger import Ledger, sha256
+from medseg.study.ledger import Ledger, emptied, sha256
 from medseg.study.pipeline import Pipeline
 from medseg.study.run import Job, ending, read_job, segment_job, versions, write_job
 
@@ -79,7 +79,7 @@ class Runner:
 
     def read(self, task: Task) -> _Running:
         """Return the task with its image read, or the error that ended it."""
-        running = _Running(task)
+        running = _Running(task, self.ledger.work_path(task.study, self.start.token))
         running.stage("read", self.send, lambda: self._read(running))
         return running
 
@@ -90,7 +90,7 @@ class Runner:
     def finish(self, running: _Running) -> None:
         """Write and publish the outputs, or what ended the task, and tell."""
         table = self.model.plan.labels
-        running.stage("write", self.send, lambda: write_job(running.job, self.pipeline, table, running.folder))
+        running.stage("write", self.send, lambda: write_job(running.job, self.pipeline, table, running.work))
         try:
             manifest = self._publish(running)
         except Exception as error:  # noqa: BLE001 - a full disk, most likely: then the answer alone tells
@@ -100,7 +100,7 @@ class Runner:
         self.send({"done": running.task.study, "manifest": manifest})
 
     def _read(self, running: _Running) -> None:
-        running.work = self.ledger.work_folder(running.task.study, self.start.token)
+        emptied(running.work)
         files = {Path(path): name for path, name in running.task.files.items()}
         first = next(iter(files))
         if is_archive(first):
@@ -117,8 +117,7 @@ class Runner:
         job, task = running.job, running.task
         result = {"status": "done", "reason": None, "text": None} if running.error is None else ending(running.error)
         if running.error is not None:  # what was written before the error is no result
-            shutil.rmtree(running.work or "", ignore_errors=True)
-            running.work = self.ledger.work_folder(task.study, self.start.token)
+            emptied(running.work)
         manifest = {
             **result,
             **self.start.manifest,
@@ -130,7 +129,7 @@ class Runner:
             "warnings": running.warnings,
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return self.ledger.publish(task.study, running.folder, manifest)
+        return self.ledger.publish(task.study, running.work, manifest)
 
 
 @dataclass
@@ -138,7 +137,7 @@ class _Running:
     """A task in work: its folder, what it took, the warnings it gave, and the error that ended it, if one did."""
 
     task: Task
-    work: Path | None = None
+    work: Path
     job: Job = field(init=False)
     error: BaseException | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -147,11 +146,6 @@ class _Running:
 
     def __post_init__(self) -> None:
         self.job = Job(self.task.study, {})
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder for unfinished outputs, which is there once reading began."""
-        return self.work or Path()
 
     def stage(self, name: str, send: Send, do: Callable[[], None]) -> None:
         """Run one stage, unless an error ended the task before; whatever it raises ends the task and nothing else."""
@@ -170,8 +164,7 @@ class _Running:
         """Let go of what the task holds: memory, and what an archive was unpacked to."""
         self.job = Job(self.task.study, {})
         self.exits.close()
-        if self.work is not None:
-            shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
 
 
 _WARNINGS: dict[int, list[str]] = {}
