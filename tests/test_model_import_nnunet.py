@@ -360,6 +360,9 @@ def test_an_exported_archive_and_a_choice_of_configurations(tmp_path):
             import_model(source, tmp_path / f"model {place}")
         import_model(source, tmp_path / f"model {place}", configuration="3d_fullres")
     assert Model.load(tmp_path / "model 0", device="cpu").plan == Model.load(tmp_path / "model 1", device="cpu").plan
+    files.write_model(results / "nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres")
+    with pytest.raises(ModelError, match="holds 2: 3d_fullres, 3d_fullres.*give its own folder"):
+        import_model(tmp_path / "results", tmp_path / "other", configuration="3d_fullres")
     with pytest.raises(ModelError, match="the source holds 0"):
         import_model(tmp_path / "model.zip", tmp_path / "other", configuration="2d")
 

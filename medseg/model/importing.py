@@ -85,16 +85,17 @@ def _wanted(name: str) -> bool:
 def _chosen(source: Path, configuration: str | None) -> Path:
     """Return the folder of the one model that the source holds, or that of a configuration."""
     candidates = [source, *(folder for depth in range(1, DEEPEST + 1) for folder in sorted(source.glob("*/" * depth)))]
-    found = {folder.name.split("__")[-1]: folder for folder in candidates if is_nnunet(folder)}
+    found = [(folder.name.split("__")[-1], folder) for folder in candidates if is_nnunet(folder)]
     if configuration is not None:
-        found = {name: model for name, model in found.items() if name == configuration}
+        found = [(name, model) for name, model in found if name == configuration]
     if len(found) != 1:
+        names = ", ".join(sorted(name for name, _ in found))
         raise ModelError(
             f"One model is imported at a time, and the source holds {len(found)}"
-            + (f": {', '.join(sorted(found))}. Choose one by its configuration." if found else "."),
+            + (f": {names}. Choose one by its configuration, or give its own folder." if found else "."),
             path=source,
         )
-    return next(iter(found.values()))
+    return found[0][1]
 
 
 def _write(imported: Imported, where: Path) -> None:
