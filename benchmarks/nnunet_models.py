@@ -147,7 +147,7 @@ def _side_by_side(bench: Bench, folder: Path, mirror: bool) -> dict[str, Any]:
     folds = [file.name.removeprefix("fold_") for file in sorted(model.glob("fold_*"))]
     tta = [] if mirror else ["--disable_tta"]
     nnunet = [program, "-i", str(single / "in"), "-o", str(single / "out"), "-m", str(model), "-f", *folds]
-    nnunet += ["-device", "cpu", "-npp", "0", "-nps", "0", *tta]
+    nnunet += ["-device", "cpu", "-npp", "1", "-nps", "1", *tta]
     own = [sys.executable, "-m", "medseg", "segment", str(folder / "medseg"), ",".join(map(str, files))]
     own += [str(single / "own.nii.gz"), "--device", "cpu", *(["--mirror"] if mirror else [])]
     found = {}

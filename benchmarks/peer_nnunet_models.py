@@ -24,7 +24,7 @@ ISO_KERNELS, ISO_STRIDES = [[3, 3, 3]] * 4, [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2
 FLAT_KERNELS, FLAT_STRIDES = [[1, 3, 3], [3, 3, 3], [3, 3, 3]], [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 HIPPOCAMPUS = {"background": 0, "anterior": 1, "posterior": 2}
 TRUNK = {"background": 0, "lung": [10, 11, 12, 13, 14], "liver": [5], "bone": list(range(25, 51))}
-TRAINING_CASES, TEST_CASES = 24, 1
+TRAINING_CASES, TEST_CASES = 25, 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def make(name: str, realdata: Path, work: Path, epochs: int) -> None:
         os.environ[f"nnUNet_{part}"] = str(folder / part)
     os.environ |= {"nnUNet_n_proc_DA": "1", "nnUNet_compile": "f", "nnUNet_def_n_proc": "1"}
     dataset = folder / "raw" / "Dataset001_Kind"
-    _write_dataset(kind, realdata, dataset, folder)
+    _write_dataset(kind, _cases(kind, realdata)[-TRAINING_CASES if epochs else -3 :], dataset, folder)
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (  # noqa: PLC0415 - the peer's environment only
         extract_fingerprints,
         plan_experiments,
@@ -106,10 +106,9 @@ def make(name: str, realdata: Path, work: Path, epochs: int) -> None:
     trained.rename(folder / "model")
 
 
-def _write_dataset(kind: Kind, realdata: Path, dataset: Path, folder: Path) -> None:
+def _write_dataset(kind: Kind, cases: list[tuple[Path, Path]], dataset: Path, folder: Path) -> None:
     for part in (dataset / "imagesTr", dataset / "labelsTr", folder / "images", folder / "labels"):
         part.mkdir(parents=True)
-    cases = _cases(kind, realdata)
     test = cases if len(cases) == 1 else cases[-TEST_CASES:]
     training = cases if len(cases) == 1 else cases[:-TEST_CASES]
     for group, images, labels in (
@@ -135,7 +134,7 @@ def _cases(kind: Kind, realdata: Path) -> list[tuple[Path, Path]]:
     if kind.data == "trunk_ct":
         folder = realdata / "trunk_ct_mr"
         return [(folder / "example_ct.nii.gz", folder / "example_seg_fast_force_split.nii.gz")]
-    images = sorted((realdata / "hippocampus_mr" / "imagesTr").glob("*.nii.gz"))[: TRAINING_CASES + TEST_CASES]
+    images = sorted((realdata / "hippocampus_mr" / "imagesTr").glob("*.nii.gz"))[:TRAINING_CASES]
     return [(image, realdata / "hippocampus_mr" / "labelsTr" / image.name) for image in images]
 
 

@@ -25,8 +25,12 @@ def segment(
     *,
     mirror: Sequence[int] = (),
     order: Sequence[int] = (),
+    before: Array | None = None,
 ) -> Array:
-    """Return the label map of an image (C, z, y, x); `order` are the values of regions, if outputs are regions."""
+    """Return the label map of an image (C, z, y, x); `order` are the values of regions, if outputs are regions.
+
+    `before` is the label map of the stage before: of each of the labels 1 and 2, the network has one more channel.
+    """
     configuration, transpose = plans["configurations"]["3d_fullres"], plans["transpose_forward"]
     image = image.astype(np.float32).transpose(0, *(1 + axis for axis in transpose))
     spacing = [spacing[axis] for axis in transpose]
@@ -39,6 +43,12 @@ def segment(
     target = configuration["spacing"]
     shape = [round(a / b * n) for a, b, n in zip(spacing, target, image.shape[1:], strict=True)]
     prepared = _resized(normalized, shape, spacing, target, 3)
+    if before is not None:
+        values = np.zeros(shape, int)
+        for value in (0, 1, 2):
+            share = (before.transpose(transpose)[box] == value)[None].astype(float)
+            values[_resized(share, shape, spacing, target, 1)[0] >= 0.5] = value
+        prepared = np.concatenate([prepared, [values == 1, values == 2]])
     logits = _slid(prepared, network, configuration["patch_size"], mirror)
     scores = _resized(logits, image.shape[1:], target, spacing, 1)
     labels = scores.argmax(axis=0)

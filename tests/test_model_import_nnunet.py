@@ -85,12 +85,7 @@ def test_labels_are_those_that_nnunet_gives(tmp_path, case):
     image = ndimage.gaussian_filter(np.random.default_rng(4).normal(100, 300, turned), 1)[None].astype(np.float32)
     image[:, :2] = image[:, :, :3] = 0
     spacing = [spacing[place] for place in np.argsort(transpose)]
-    state = files.weights(outputs=outputs)
-
-    def network(tile):
-        with torch.inference_mode():
-            return files.logits(state, torch.from_numpy(tile)[None].float())[0].numpy()
-
+    network = run_of(files.weights(outputs=outputs))
     flips = (0, 2) if mirror else ()
     expected = nnunet_steps.segment(image, spacing, network, plan, mirror=flips, order=order).transpose(2, 1, 0)
     affine = np.diag([-spacing[2], spacing[1], spacing[0], 1])
@@ -98,6 +93,42 @@ def test_labels_are_those_that_nnunet_gives(tmp_path, case):
     found = model.segment(volume, mirror=mirror).array[0]
     assert len(np.unique(expected)) > 1
     assert (found != expected).mean() < 1e-3
+
+
+def run_of(state):
+    def network(tile):
+        with torch.inference_mode():
+            return files.logits(state, torch.from_numpy(tile)[None].float())[0].numpy()
+
+    return network
+
+
+def test_a_cascade_runs_both_stages_as_nnunet_does(tmp_path):
+    plan = files.plans({"3d_lowres": files.configuration(spacing=[6.0, 1.5, 1.5])})
+    second = plan | {"configurations": plan["configurations"] | {"3d_fullres": files.configuration()}}
+    second["configurations"]["3d_fullres"] |= {"previous_stage": "3d_lowres"}
+    states = {"3d_lowres": files.weights(2), "3d_fullres": files.weights(4, inputs=3)}
+    for name, state in states.items():
+        folder = files.write_model(tmp_path / f"Trainer__Plans__{name}", plan=second)
+        content = files.checkpoint(state, init_args={"configuration": name})
+        torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
+    import_model(tmp_path, tmp_path / "model", configuration="3d_fullres")
+    assert (tmp_path / "model/previous/MODEL_CARD.md").is_file()
+    spacing = (5.0, 1.27, 0.97)  # whether exactly half of a voxel is half is left to rounding, so there are none
+    image = ndimage.gaussian_filter(np.random.default_rng(4).normal(100, 300, (9, 25, 22)), 1)[None].astype(np.float32)
+    first = {"transpose_forward": [0, 1, 2], "configurations": {"3d_fullres": plan["configurations"]["3d_lowres"]}}
+    before = nnunet_steps.segment(image, spacing, run_of(states["3d_lowres"]), first)
+    expected = nnunet_steps.segment(image, spacing, run_of(states["3d_fullres"]), second, before=before).transpose(
+        2, 1, 0
+    )
+    volume = Volume(image.transpose(0, 3, 2, 1), Grid(expected.shape, np.diag([*spacing[::-1], 1])))
+    found = Model.load(tmp_path / "model", device="cpu", runtime="torch").segment(volume).array[0]
+    assert len(np.unique(expected)) > 1
+    assert (found != expected).mean() < 1e-3
+    alone = Model.load(tmp_path / "model", device="cpu", runtime="torch")
+    alone.previous = Model.load(tmp_path / "model" / "previous", device="cpu", runtime="torch")
+    alone.previous.networks[0].outputs[0].bias.data[0] += 100  # a first stage that finds nothing
+    assert (alone.segment(volume).array[0] != found).mean() > 0.01
 
 
 def test_what_nnunet_does_with_an_image_is_in_the_plan(tmp_path):
@@ -256,7 +287,9 @@ def test_as_stored_means_the_order_of_the_array(tmp_path):
     ("changes", "message"),
     [
         ({"patch_size": [16, 16], "spacing": [1, 1]}, "2d configuration"),
-        ({"previous_stage": "3d_lowres"}, "second stage of a cascade"),
+        ({"previous_stage": "3d_lowres"}, "its first stage does not lie beside it"),
+        ({"previous_stage": "../x"}, "do not fit together"),
+        ({"previous_stage": "3d_lowres", "resampling_fn_seg_kwargs": {"order": 0}}, "kind of cascade"),
         ({"preprocessor_name": "Mine"}, "preprocessor_name: Input should be 'DefaultPreprocessor'"),
         ({"normalization_schemes": ["MyNormalization"]}, "normalization that medseg does not have: MyNormalization"),
         ({"resampling_fn_data": "mine"}, "resampling that medseg does not have: mine"),
@@ -327,6 +360,9 @@ def test_an_exported_archive_and_a_choice_of_configurations(tmp_path):
             import_model(source, tmp_path / f"model {place}")
         import_model(source, tmp_path / f"model {place}", configuration="3d_fullres")
     assert Model.load(tmp_path / "model 0", device="cpu").plan == Model.load(tmp_path / "model 1", device="cpu").plan
+    files.write_model(results / "nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres")
+    with pytest.raises(ModelError, match="holds 2: 3d_fullres, 3d_fullres.*give its own folder"):
+        import_model(tmp_path / "results", tmp_path / "other", configuration="3d_fullres")
     with pytest.raises(ModelError, match="the source holds 0"):
         import_model(tmp_path / "model.zip", tmp_path / "other", configuration="2d")
 

@@ -7,8 +7,7 @@ express is refused by name.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
+from medseg.model.nnunet_weights import renamed, turned, unsupported
 from medseg.model.plan import Channel, Network, Plan, Region, Resampling
 from medseg.model.stored import first_problem
 from medseg.model.untrusted import checksum, read_checkpoint, read_json, weights_in
@@ -25,16 +25,6 @@ from medseg.process.normalize import CTNormalization, Normalization, Rescale, ZS
 
 REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 """nnU-Net's readers that turn images to RAS; the others leave them as they are stored."""
-
-NAMES = (
-    (r"encoder\.stem\.convs\.0\.(conv|norm)\.(weight|bias)", r"stem.\1.\2"),
-    (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.(conv|norm)\.(weight|bias)", r"encoder.\1.\2.\3.\4"),
-    (r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.(conv[12])\.(conv|norm)\.(weight|bias)", r"encoder.\1.\2.\3.\4.\5"),
-    (r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.skip\.\d\.(conv|norm)\.(weight|bias)", r"encoder.\1.\2.skip.\3.\4"),
-    (r"decoder\.transpconvs\.(\d+)\.(weight|bias)", r"up.\1.\2"),
-    (r"decoder\.stages\.(\d+)\.convs\.(\d+)\.(conv|norm)\.(weight|bias)", r"decoder.\1.\2.\3.\4"),
-)
-"""nnU-Net's names of weights, and medseg's."""
 
 Whole = Annotated[int, Field(ge=1, le=2**16)]
 PerLevel = Whole | list[Whole]
@@ -82,6 +72,8 @@ class _Configuration(BaseModel):
     use_mask_for_norm: list[bool]
     resampling_fn_data: str
     resampling_fn_data_kwargs: dict[str, Any]
+    resampling_fn_seg: str
+    resampling_fn_seg_kwargs: dict[str, Any]
     resampling_fn_probabilities: str
     resampling_fn_probabilities_kwargs: dict[str, Any]
     architecture: _Architecture
@@ -95,6 +87,7 @@ class Imported:
     plan: Plan
     folds: dict[int, dict[str, Tensor]]
     facts: tuple[str, ...]
+    previous: Imported | None = None
 
 
 def is_nnunet(folder: Path) -> bool:
@@ -103,11 +96,17 @@ def is_nnunet(folder: Path) -> bool:
 
 
 def read_nnunet(
-    folder: Path, *, orientation: str | None = None, folds: Sequence[int] | None = None, checkpoint: str = "final"
+    folder: Path,
+    *,
+    orientation: str | None = None,
+    folds: Sequence[int] | None = None,
+    checkpoint: str = "final",
+    stages: int = 2,
 ) -> Imported:
     """Return the model in a trained-model folder of nnU-Net v2 (`Trainer__Plans__Configuration`).
 
     `folds` are all that are there, or else the fold "all", which becomes fold 0; `checkpoint` is final, best or latest.
+    A cascade, of at most so many `stages`, is read with its first stage, which must lie beside it.
     Raises ModelError for files that are missing, damaged or unsafe, and for what medseg does not have, by its name.
     """
     files = _checkpoints(folder, folds, checkpoint)
@@ -122,6 +121,7 @@ def read_nnunet(
         plan = _plan(plans, dataset, configuration, axes, orientation).model_copy(
             update={"mirror_axes": tuple(sorted(mirror))}
         )
+        first_stage = _first_stage(folder, name, configuration, plan, stages)
         states = {fold: content["network_weights"] for fold, content in read.items()}
         facts = (
             f"nnU-Net v2, {plans['dataset_name']}, {first['trainer_name']}, {plans['plans_name']}, {name}",
@@ -133,8 +133,32 @@ def read_nnunet(
         raise ModelError(
             "The files of the model do not fit together, or are not those of nnU-Net v2.", path=folder
         ) from error
-    weights = {fold: _turned(weights_in(state, _renamed(plan)), axes) for fold, state in states.items()}
-    return Imported(plan.model_copy(update={"name": f"{plan.name} {name}"}), weights, facts)
+    weights = {fold: turned(weights_in(state, renamed(plan)), axes) for fold, state in states.items()}
+    previous = None
+    if first_stage:
+        previous = read_nnunet(
+            first_stage, orientation=orientation, folds=folds, checkpoint=checkpoint, stages=stages - 1
+        )
+    return Imported(plan.model_copy(update={"name": f"{plan.name} {name}"}), weights, facts, previous)
+
+
+def _first_stage(folder: Path, name: str, configuration: _Configuration, plan: Plan, stages: int) -> Path | None:
+    """Return where the stage before lies, if there is one. Raises ModelError for one that medseg cannot run."""
+    if configuration.previous_stage is None:
+        return None
+    kwargs = configuration.resampling_fn_seg_kwargs | {"is_seg": False}
+    order, separate = _resampler(configuration.resampling_fn_seg, kwargs)
+    same = plan.resampling is not None and separate == plan.resampling.separate
+    if plan.regions or stages < 2 or not same or order != 1 or "torch" in configuration.resampling_fn_seg:
+        raise unsupported("kind of cascade", name)
+    before = folder.with_name(folder.name.removesuffix(name) + configuration.previous_stage)
+    if before == folder or not is_nnunet(before):
+        raise ModelError(
+            "This is the second stage of a cascade, and its first stage does not lie beside it. Give the folder or the "
+            "archive that holds both, and choose this one by its configuration.",
+            path=folder,
+        )
+    return before
 
 
 def _checkpoints(folder: Path, folds: Sequence[int] | None, checkpoint: str) -> dict[int, Path]:
@@ -203,11 +227,6 @@ def _axes(transpose: Sequence[int]) -> list[int]:
 def _plan(
     plans: Any, dataset: Any, configuration: _Configuration, axes: Sequence[int], orientation: str | None
 ) -> Plan:
-    if configuration.previous_stage is not None:
-        raise ModelError(
-            "This is the second stage of a cascade, which medseg does not run. Import the 3d_fullres configuration.",
-            reason="unsupported",
-        )
     regions, labels = _labels(dataset)
     reorients = plans["image_reader_writer"] in REORIENTING_READERS
     return Plan(
@@ -221,6 +240,7 @@ def _plan(
         resampling=_resampling(configuration),
         normalize_first=True,
         crop_nonzero=True,
+        previous=configuration.previous_stage is not None,
         network=_network(configuration.architecture, axes),
     )
 
@@ -247,7 +267,7 @@ def _normalization(scheme: str, masked: bool, numbers: Any) -> Normalization:
         limits = {"lower": numbers["percentile_00_5"], "upper": numbers["percentile_99_5"]}
         return CTNormalization(**limits, mean=numbers["mean"], std=max(numbers["std"], 1e-8))
     if scheme not in fixed:
-        raise _unsupported("normalization", scheme)
+        raise unsupported("normalization", scheme)
     return fixed[scheme]
 
 
@@ -275,7 +295,7 @@ def _resampling(configuration: _Configuration) -> Resampling | None:
     order, separate = _resampler(functions[0], configuration.resampling_fn_data_kwargs)
     back, separate_scores = _resampler(functions[1], configuration.resampling_fn_probabilities_kwargs)
     if back != 1:
-        raise _unsupported("order of resampling scores", str(back))
+        raise unsupported("order of resampling scores", str(back))
     return Resampling(method="resize", order=order, separate=separate, separate_scores=separate_scores)
 
 
@@ -287,15 +307,15 @@ def _resampler(function: str, kwargs: dict[str, Any]) -> tuple[Any, float | None
     elif function == "resample_data_or_seg_to_shape":
         known = {"force_separate_z": False, "order": 3, "order_z": 0}
     else:
-        raise _unsupported("resampling", function)
+        raise unsupported("resampling", function)
     known |= {"is_seg": False, "separate_z_anisotropy_threshold": 3.0}
     chosen = known | kwargs
     for key in chosen:
         fixed = key in {"mode", "aniso_axis_mode", "order_z", "is_seg"}
         if key not in known or (fixed and chosen[key] != known[key]):
-            raise _unsupported(f"setting of {function}", f"{key}={chosen[key]}")
+            raise unsupported(f"setting of {function}", f"{key}={chosen[key]}")
     if chosen["force_separate_z"] is True:
-        raise _unsupported(f"setting of {function}", "force_separate_z=True")
+        raise unsupported(f"setting of {function}", "force_separate_z=True")
     return chosen["order"], None if chosen["force_separate_z"] is False else chosen["separate_z_anisotropy_threshold"]
 
 
@@ -303,13 +323,13 @@ def _network(architecture: _Architecture, axes: Sequence[int]) -> Network:
     kwargs, kind = architecture.arch_kwargs, architecture.network_class_name.split(".")[-1]
     blocks = {"PlainConvUNet": kwargs.n_conv_per_stage, "ResidualEncoderUNet": kwargs.n_blocks_per_stage}.get(kind)
     if blocks is None:
-        raise _unsupported("network", kind)
+        raise unsupported("network", kind)
     norm, slope = (
         {"eps": 1e-5, "affine": False} | kwargs.norm_op_kwargs,
         (kwargs.nonlin_kwargs or {}).get("negative_slope", 0.01),
     )
     if (norm["eps"], norm["affine"], slope) != (1e-5, True, 0.01):
-        raise _unsupported("normalization or activation of a network", f"eps={norm['eps']}, slope={slope}")
+        raise unsupported("normalization or activation of a network", f"eps={norm['eps']}, slope={slope}")
     stages = kwargs.n_stages
     return Network(
         residual=kind == "ResidualEncoderUNet",
@@ -336,40 +356,3 @@ def _turn(values: Sequence[Any], axes: Sequence[int]) -> Any:
     if len(values) != 3:
         raise ValueError("three axes are needed")
     return tuple(values[axis] for axis in axes)
-
-
-def _renamed(plan: Plan) -> Callable[[str], str | None]:
-    """Return what gives medseg's name for a tensor of nnU-Net's, and None for what is left out.
-
-    Left out are tensors that are there a second time; heads of lower resolutions, which only training uses; and biases
-    before a normalization, which takes them away.
-    """
-    last = f"decoder.seg_layers.{len(plan.network.features) - 2}."
-    unused = re.compile(r"decoder\.encoder\..*|.*\.all_modules\..*|.*\.conv\.bias|decoder\.seg_layers\..*")
-
-    def rename(name: str) -> str | None:
-        if name.startswith(last):
-            return f"outputs.0.{name.removeprefix(last)}"
-        if unused.fullmatch(name):
-            return None
-        for pattern, own in NAMES:
-            match = re.fullmatch(pattern, name)
-            if match:
-                return match.expand(own)
-        raise _unsupported("weights", name[:80])
-
-    return rename
-
-
-def _turned(weights: dict[str, Tensor], axes: Sequence[int]) -> dict[str, Tensor]:
-    turned = {
-        name: tensor.permute(0, 1, *(2 + axis for axis in axes)) if tensor.ndim == 5 else tensor
-        for name, tensor in weights.items()
-    }
-    biases = {name.replace(".weight", ".bias"): tensor for name, tensor in turned.items() if name.startswith("up.")}
-    zeros = {name: tensor.new_zeros(tensor.shape[1]) for name, tensor in biases.items() if name not in turned}
-    return turned | zeros
-
-
-def _unsupported(what: str, name: str) -> ModelError:
-    return ModelError(f"The model has a {what} that medseg does not have: {name}.", reason="unsupported")

@@ -85,33 +85,24 @@ def _wanted(name: str) -> bool:
 def _chosen(source: Path, configuration: str | None) -> Path:
     """Return the folder of the one model that the source holds, or that of a configuration."""
     candidates = [source, *(folder for depth in range(1, DEEPEST + 1) for folder in sorted(source.glob("*/" * depth)))]
-    found = {folder.name.split("__")[-1]: folder for folder in candidates if is_nnunet(folder)}
+    found = [(folder.name.split("__")[-1], folder) for folder in candidates if is_nnunet(folder)]
     if configuration is not None:
-        found = {name: model for name, model in found.items() if name == configuration}
+        found = [(name, model) for name, model in found if name == configuration]
     if len(found) != 1:
+        names = ", ".join(sorted(name for name, _ in found))
         raise ModelError(
             f"One model is imported at a time, and the source holds {len(found)}"
-            + (f": {', '.join(sorted(found))}. Choose one by its configuration." if found else "."),
+            + (f": {names}. Choose one by its configuration, or give its own folder." if found else "."),
             path=source,
         )
-    return next(iter(found.values()))
+    return found[0][1]
 
 
 def _write(imported: Imported, where: Path) -> None:
     """Write a model folder, whole or not at all."""
-    plan = imported.plan
-    with torch.device("meta"):  # shapes alone: what the plan asks for need not fit into memory
-        network = build_network(plan.network, len(plan.channels), plan.outputs)
-    for state in imported.folds.values():
-        check_state(network, state)
     beside = where.with_name(f".{secrets.token_hex(8)}")
     try:
-        beside.mkdir(parents=True)
-        plan.save(beside / "plan.json")
-        for fold, state in imported.folds.items():
-            weights = {name: tensor.contiguous() for name, tensor in state.items()}
-            (beside / f"fold_{fold}.safetensors").write_bytes(serialize(weights))
-        (beside / "MODEL_CARD.md").write_text(_card(imported), encoding="utf-8")
+        _write_parts(imported, beside)
         if where.exists():
             where.rmdir()
         beside.rename(where)
@@ -119,6 +110,22 @@ def _write(imported: Imported, where: Path) -> None:
         raise OutputError(f"The model folder could not be written: {error.strerror}.", path=where) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_parts(imported: Imported, folder: Path) -> None:
+    plan = imported.plan
+    with torch.device("meta"):  # shapes alone: what the plan asks for need not fit into memory
+        network = build_network(plan.network, plan.inputs, plan.outputs)
+    for state in imported.folds.values():
+        check_state(network, state)
+    folder.mkdir(parents=True)
+    plan.save(folder / "plan.json")
+    for fold, state in imported.folds.items():
+        weights = {name: tensor.contiguous() for name, tensor in state.items()}
+        (folder / f"fold_{fold}.safetensors").write_bytes(serialize(weights))
+    (folder / "MODEL_CARD.md").write_text(_card(imported), encoding="utf-8")
+    if imported.previous:
+        _write_parts(imported.previous, folder / "previous")
 
 
 def _card(imported: Imported) -> str:

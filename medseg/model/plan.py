@@ -109,7 +109,8 @@ class Plan(Stored):
     it voxels stay as they are), normalized per channel (before that, with `normalize_first`) and cut into tiles of
     `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
     The network's output 0 is background, output n the n-th label of the table; with `regions` each output is one of
-    them, there where its score is above 0, and later ones are painted over earlier ones.
+    them, there where its score is above 0, and later ones are painted over earlier ones. With `previous` the model in
+    the folder of that name segments the image first, and each label that it can give is one more input channel.
     """
 
     what = "plan"
@@ -125,6 +126,7 @@ class Plan(Stored):
     resampling: Resampling | None = Resampling()
     normalize_first: bool = False
     crop_nonzero: bool = False
+    previous: bool = False
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     network: Network
 
@@ -140,6 +142,11 @@ class Plan(Stored):
         if self.regions and {region.value for region in self.regions} != set(values):
             raise ValueError("the values that regions are painted with must be those of the labels")
         return self
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the network takes: those of the image, and with `previous` one for each label."""
+        return len(self.channels) + (len(self.labels) if self.previous else 0)
 
     @property
     def outputs(self) -> int:

@@ -53,6 +53,22 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
     return resampled.with_array(normalize(finite_float32(resampled.array), schemes, mask))
 
 
+def with_labels(prepared: Volume, labels: Volume, plan: Plan) -> Volume:
+    """Return a prepared image with one more channel for each label of the plan: 1 where `labels` has it, else 0.
+
+    `labels` (1, I, J, K) lies on the grid that the image came from. On the network's grid a voxel has the label that
+    fills half of it or more, the higher of two.
+    """
+    how = plan.resampling
+    values = np.zeros(prepared.grid.shape, labels.array.dtype)
+    for value in np.unique(labels.array):
+        mask = labels.with_array((labels.array == value).astype(np.float32))
+        share = resize(mask, prepared.grid, order=1, separate=how.separate if how else None)
+        values[share.array[0] >= 0.5] = value
+    channels = [values == label.value for label in plan.labels]
+    return prepared.with_array(np.concatenate([prepared.array, np.asarray(channels, np.float32)]))
+
+
 def nonzero_box(volume: Volume) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the (start, stop) indices of the smallest part that holds all voxels that are not 0 in some channel.
 

@@ -37,7 +37,7 @@ def _exported(network: nn.Module, plan: Plan) -> bytes:
     stored = runtime_cache.read(name)
     if stored is not None:
         return stored
-    example = torch.zeros(1, len(plan.channels), *plan.patch)
+    example = torch.zeros(1, plan.inputs, *plan.patch)
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # torch logs that torchvision, which nothing here needs, is not installed
     try:

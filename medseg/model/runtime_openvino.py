@@ -75,12 +75,12 @@ def _converted(network: nn.Module, plan: Plan) -> Any:
 
     # The network is traced on less than a patch, which is quicker and finds the same operations.
     size = [min(edge, 2 * divisor) for edge, divisor in zip(plan.patch, plan.network.divisor, strict=True)]
-    example = torch.zeros(1, len(plan.channels), *size)
+    example = torch.zeros(1, plan.inputs, *size)
     with torch.no_grad(), _rewritten(network), warnings.catch_warnings(action="ignore"):
         decoder = TorchScriptPythonDecoder(network, example_input=example, trace_kwargs={"check_trace": False})
         frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
-    model.reshape([1, len(plan.channels), *plan.patch])
+    model.reshape([1, plan.inputs, *plan.patch])
     return model
 
 

@@ -15,7 +15,7 @@ from medseg.errors import ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import nonzero_box, prepare, separate_scores
+from medseg.model.preprocess import nonzero_box, prepare, separate_scores, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stream import pieces
@@ -51,6 +51,7 @@ class Model:
         self.plan = plan
         self.networks = [placed(network, device).eval() for network in networks]
         self.device = device
+        self.previous: Model | None = None
         self._start = partial(make_runtime, runtime=runtime, threads=threads, precision=precision)
 
     @cached_property
@@ -84,7 +85,12 @@ class Model:
         if not files:
             raise ModelError("The model has no weights: its folder needs at least one fold_N.safetensors.", path=where)
         networks = [load_network(plan, file) for file in files]
-        return cls(plan, networks, pick_device(device), runtime=runtime, threads=threads, precision=precision)
+        model = cls(plan, networks, pick_device(device), runtime=runtime, threads=threads, precision=precision)
+        if plan.previous:
+            model.previous = cls.load(
+                where / "previous", device=device, folds=folds, runtime=runtime, threads=threads, precision=precision
+            )
+        return model
 
     def segment(  # noqa: PLR0913 - one option for each decision
         self,
@@ -116,6 +122,9 @@ class Model:
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
+        if self.previous:
+            before = self.previous.segment(part, step=step, mirror=mirror, reuse=reuse)
+            prepared = with_labels(prepared, before, self.plan)
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)

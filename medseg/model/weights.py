@@ -31,7 +31,7 @@ def find_model(name: str | PathLike[str]) -> Path:
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
     """Return the plan's network with the weights in a file. Raises ModelError for damage and for another plan's."""
-    network = build_network(plan.network, len(plan.channels), plan.outputs)
+    network = build_network(plan.network, plan.inputs, plan.outputs)
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:

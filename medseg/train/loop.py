@@ -138,8 +138,8 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     """
     settings = settings or TrainSettings()
     limit = Budget.parse(budget)
-    if plan.regions:
-        raise ModelError("A plan whose outputs are overlapping regions can be used, but not trained. Leave them out.")
+    if plan.regions or plan.previous:
+        raise ModelError("A plan with overlapping regions or a previous stage can be used, but not trained.")
     where = Path(folder)
     training, _ = dataset.fold(fold, settings.folds)
     weights = where / f"fold_{fold}.safetensors"
