@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +16,12 @@ import medseg
 from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
 from medseg.io import dicom_seg, rtstruct, save
 from medseg.io.dicom_series import Series, read_series, slice_places
-from medseg.io.files import written_whole
 from medseg.io.regions import Regions, regions_of
 from medseg.labels import Label
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
 from medseg.process.resample import resample
 from medseg.report.dicom_sr import save_dicom_sr
-from medseg.report.measurements import Measurement, measure
+from medseg.report.measurements import Measurement, measure, save_measurements
 from medseg.report.pictures import draw_overlay
 from medseg.study.choose import Selection, choose
 from medseg.study.describe import study_facts
@@ -70,21 +67,8 @@ def _write_nifti(result: Result, path: Path) -> None:
     save(result.labels, path)
 
 
-def _write_json(result: Result, path: Path) -> None:
-    rows = [one.to_dict() for one in result.measurements]
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _write_csv(result: Result, path: Path) -> None:
-    rows = [one.to_dict() for one in result.measurements]
-    for row in rows:
-        x, y, z = row.pop("centroid_mm") or (None, None, None)
-        row |= {"centroid_x_mm": x, "centroid_y_mm": y, "centroid_z_mm": z}
-    with written_whole(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["value"])
-        writer.writeheader()
-        writer.writerows(rows)
+def _write_measurements(result: Result, path: Path) -> None:
+    save_measurements(result.measurements, path)
 
 
 def _write_picture(result: Result, path: Path) -> None:
@@ -121,8 +105,8 @@ Writer = Callable[[Result, Path], None]
 
 WRITERS: dict[str, tuple[str, Writer]] = {
     "nifti": ("labels.nii.gz", _write_nifti),
-    "json": ("measurements.json", _write_json),
-    "csv": ("measurements.csv", _write_csv),
+    "json": ("measurements.json", _write_measurements),
+    "csv": ("measurements.csv", _write_measurements),
     "picture": ("picture.png", _write_picture),
     "seg": ("labels.seg.dcm", _write_seg),
     "seg_labelmap": ("labels.labelmap.dcm", _write_labelmap),
