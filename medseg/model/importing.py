@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
+from medseg.model.import_monai import INFERENCE, WEIGHTS, is_bundle, read_bundle
 from medseg.model.import_nnunet import Imported, is_nnunet, read_nnunet
 from medseg.model.networks import build_network
 from medseg.model.plan import Plan
@@ -40,9 +41,10 @@ def import_model(
 ) -> Plan:
     """Return the plan of a foreign model and write it, with its weights, as a model folder of medseg.
 
-    `source` is a trained model of nnU-Net v2: its folder, one above it, or the zip archive that nnU-Net exports. Where
-    it holds several, `configuration` names one, such as 3d_fullres. `orientation` is what the model's training images
-    had, such as RAS, where the model does not say; `folds` are by default all; `checkpoint` is final, best or latest.
+    `source` is a trained model of nnU-Net v2: its folder, one above it, or the zip archive that nnU-Net exports; or a
+    MONAI bundle, as a folder or a zip archive. Where it holds several, `configuration` names one, such as 3d_fullres.
+    `orientation` is what the model's training images had, such as RAS, where the model does not say; `folds` are by
+    default all; `checkpoint` is final, best or latest; a bundle has one of each.
     Nothing of the source is run. Raises ModelError for a source that is damaged, unsafe or of a kind that medseg does
     not have, UsageError for a folder that holds something, OutputError where it cannot be written.
     """
@@ -55,7 +57,10 @@ def import_model(
         raise UsageError("The model needs a folder of its own: give one that is empty or does not exist.", path=where)
     with _opened(Path(source)) as opened:
         model = _chosen(opened, configuration)
-        imported = read_nnunet(model, orientation=orientation, folds=folds, checkpoint=checkpoint)
+        if is_bundle(model):
+            imported = read_bundle(model, orientation=orientation)
+        else:
+            imported = read_nnunet(model, orientation=orientation, folds=folds, checkpoint=checkpoint)
         _write(imported, where)
     if imported.plan.orientation == "as_stored":
         warnings.warn(
@@ -79,13 +84,14 @@ def _opened(source: Path) -> Iterator[Path]:
 
 
 def _wanted(name: str) -> bool:
-    return name.endswith(("plans.json", "dataset.json")) or "/checkpoint_" in name
+    described = name.endswith(("plans.json", "dataset.json", "metadata.json", *INFERENCE))
+    return described or "/checkpoint_" in name or name.endswith(WEIGHTS)
 
 
 def _chosen(source: Path, configuration: str | None) -> Path:
     """Return the folder of the one model that the source holds, or that of a configuration."""
     candidates = [source, *(folder for depth in range(1, DEEPEST + 1) for folder in sorted(source.glob("*/" * depth)))]
-    found = [(folder.name.split("__")[-1], folder) for folder in candidates if is_nnunet(folder)]
+    found = [(folder.name.split("__")[-1], folder) for folder in candidates if is_nnunet(folder) or is_bundle(folder)]
     if configuration is not None:
         found = [(name, model) for name, model in found if name == configuration]
     if len(found) != 1:
@@ -114,7 +120,9 @@ def _write(imported: Imported, where: Path) -> None:
 
 def _write_parts(imported: Imported, folder: Path) -> None:
     plan = imported.plan
-    with torch.device("meta"):  # shapes alone: what the plan asks for need not fit into memory
+    # Shapes alone: what the plan asks for need not fit into memory. (SwinUNETR computes while it is built; its numbers
+    # are limited instead.)
+    with torch.device("cpu" if plan.network.kind == "monai_swinunetr" else "meta"):
         network = build_network(plan.network, plan.inputs, plan.outputs)
     for state in imported.folds.values():
         check_state(network, state)

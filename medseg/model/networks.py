@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medseg.model.monai_kinds import MonaiNetwork, build_monai
 from medseg.model.plan import Network, Triple
 
 SLOPE = 0.01
@@ -15,11 +16,13 @@ SLOPE = 0.01
 ONE: Triple = (1, 1, 1)
 
 
-def build_network(network: Network, inputs: int, outputs: int) -> nn.Module:
-    """Return an untrained U-Net that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
+def build_network(network: Network | MonaiNetwork, inputs: int, outputs: int) -> nn.Module:
+    """Return an untrained network that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
 
-    In training mode it returns a list of logits, one for each resolution that has a head, the finest first.
+    In training mode a U-Net returns a list of logits, one for each resolution that has a head, the finest first.
     """
+    if not isinstance(network, Network):
+        return build_monai(network, inputs, outputs)
     return UNet(network, inputs, outputs).apply(_initialize)
 
 

@@ -27,7 +27,7 @@ def renamed(plan: Plan) -> Callable[[str], str | None]:
     Left out are tensors that are there a second time; heads of lower resolutions, which only training uses; and biases
     before a normalization, which takes them away.
     """
-    last = f"decoder.seg_layers.{len(plan.network.features) - 2}."
+    last = f"decoder.seg_layers.{len(plan.unet.features) - 2}."
     unused = re.compile(r"decoder\.encoder\..*|.*\.all_modules\..*|.*\.conv\.bias|decoder\.seg_layers\..*")
 
     def rename(name: str) -> str | None:

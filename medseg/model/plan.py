@@ -6,12 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from medseg.errors import ModelError
 from medseg.labels import Label
+from medseg.model.monai_kinds import MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
 from medseg.model.stored import Stored
 from medseg.process.normalize import Normalization
 
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[Count, Count, Count]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -74,21 +77,35 @@ class Resampling(BaseModel):
 
     `method` is "smooth", where what shrinks is smoothed first, or "resize", nnU-Net's way (`process.resize`), where an
     axis with voxels more than `separate` times as long as the shortest is resampled by itself, to the nearest voxel;
-    `separate_scores` is that for scores.
+    `separate_scores` is that for scores. "corners" is MONAI's way: the first voxel keeps its center, and nothing is
+    smoothed. With `nearest_scores` scores go to the nearest voxel along every axis.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["smooth", "resize"] = "smooth"
+    method: Literal["smooth", "resize", "corners"] = "smooth"
     order: Literal[0, 1, 3] = 3
     separate: Length | None = None
     separate_scores: Length | None = None
+    nearest_scores: bool = False
 
     @model_validator(mode="after")
     def _separate_in_resize(self) -> Resampling:
-        if self.method == "smooth" and self.separate:
+        if self.method != "resize" and self.separate:
             raise ValueError("an axis is resampled by itself only with the method resize")
         return self
+
+
+class Tiling(BaseModel):
+    """How MONAI lays tiles, every so many voxels from the start on: `overlap` is the share that neighbors share.
+
+    `blend` says what a tile counts by where several lie: a "gaussian", or as much everywhere ("constant").
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    overlap: tuple[Share, Share, Share]
+    blend: Literal["gaussian", "constant"]
 
 
 class Region(BaseModel):
@@ -108,6 +125,7 @@ class Plan(Stored):
     An image is reoriented to `orientation` (or left "as_stored"), brought to `spacing_mm` as `resampling` says (without
     it voxels stay as they are), normalized per channel (before that, with `normalize_first`) and cut into tiles of
     `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
+    Tiles lie half a patch apart, or as `tiling` says. What is interpolated back are logits, or their `activation`.
     The network's output 0 is background, output n the n-th label of the table; with `regions` each output is one of
     them, there where its score is above 0, and later ones are painted over earlier ones. With `previous` the model in
     the folder of that name segments the image first, and each label that it can give is one more input channel.
@@ -128,7 +146,11 @@ class Plan(Stored):
     crop_nonzero: bool = False
     previous: bool = False
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
-    network: Network
+    tiling: Tiling | None = None
+    activation: Literal["softmax", "sigmoid"] | None = None
+    network: Annotated[
+        Network | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
+    ]
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Plan:
@@ -142,6 +164,17 @@ class Plan(Stored):
         if self.regions and {region.value for region in self.regions} != set(values):
             raise ValueError("the values that regions are painted with must be those of the labels")
         return self
+
+    @property
+    def unet(self) -> Network:
+        """The network, which must be a U-Net of medseg's own. Raises ModelError for one of MONAI's."""
+        if not isinstance(self.network, Network):
+            raise ModelError(
+                f"The plan has a network of the kind {self.network.kind}, which medseg runs but does not train; "
+                "training needs a U-Net of medseg's own.",
+                reason="unsupported",
+            )
+        return self.network
 
     @property
     def inputs(self) -> int:

@@ -16,13 +16,20 @@ from medseg.volume import Grid, Volume
 def network_grid(grid: Grid, plan: Plan) -> Grid:
     """Return the grid on which a plan's network sees an image on `grid`: same field of view, axes perpendicular."""
     oriented = _oriented(grid, plan)
-    return oriented.with_spacing(plan.spacing_mm) if plan.resampling else oriented
+    if plan.resampling is None:
+        return oriented
+    from_first = plan.resampling.method == "corners"
+    return oriented.with_spacing_from_first(plan.spacing_mm) if from_first else oriented.with_spacing(plan.spacing_mm)
 
 
-def separate_scores(grid: Grid, plan: Plan) -> int | None:
-    """Return the axis of the network grid along which scores go to the nearest voxel of an image on `grid`, if any."""
-    above = plan.resampling.separate_scores if plan.resampling else None
-    return separate_axis(plan.spacing_mm, _oriented(grid, plan).spacing_mm, above)
+def nearest_scores(grid: Grid, plan: Plan) -> tuple[int, ...]:
+    """Return the axes of the network grid along which scores go to the nearest voxel of an image on `grid`."""
+    if plan.resampling is None:
+        return ()
+    if plan.resampling.nearest_scores:
+        return 0, 1, 2
+    alone = separate_axis(plan.spacing_mm, _oriented(grid, plan).spacing_mm, plan.resampling.separate_scores)
+    return () if alone is None else (alone,)
 
 
 def prepare(volume: Volume, plan: Plan) -> Volume:
@@ -88,7 +95,7 @@ def _oriented(grid: Grid, plan: Plan) -> Grid:
 
 def _resampled(volume: Volume, grid: Grid, plan: Plan) -> Volume:
     how = plan.resampling
-    if volume.grid.is_orthogonal and how and how.method == "resize":
+    if volume.grid.is_orthogonal and how and how.method != "smooth":
         return resize(volume, grid, order=how.order, separate=how.separate)
     # A box around a sheared grid has corners that no scan reached: they are dark, as air is.
     fill = None if volume.grid.is_orthogonal else float(volume.array.min())

@@ -33,7 +33,7 @@ class Options:
     """
 
     roi: Box | None = None
-    step: float = 0.5
+    step: float | None = None
     mirror: bool = False
     reuse: bool = True
     assume_orientation: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
@@ -32,8 +33,8 @@ def start(network: nn.Module, plan: Plan, _precision: str, threads: int) -> Run:
 
 def _exported(network: nn.Module, plan: Plan) -> bytes:
     """Return the network as ONNX, for one patch, from the user's cache where it is there."""
-    versions = (torch.__version__, _onnxruntime().__version__)
-    name = runtime_cache.fingerprint(network, versions, plan.patch) + ".onnx"
+    versions = (torch.__version__, _onnxruntime().__version__, version("monai"))
+    name = runtime_cache.fingerprint(network, plan.network, versions, plan.patch) + ".onnx"
     stored = runtime_cache.read(name)
     if stored is not None:
         return stored

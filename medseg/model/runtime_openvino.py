@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.model import runtime_cache
-from medseg.model.plan import Plan
+from medseg.model.plan import Network, Plan
 from medseg.model.runtime import Run
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -57,8 +58,8 @@ def _compiled(network: nn.Module, plan: Plan, precision: str, threads: int) -> A
         "ENABLE_CPU_PINNING": False,  # two processes would pin their threads to the same cores
     }
     cpu = (core.get_property("CPU", "FULL_DEVICE_NAME"), torch.backends.cpu.get_cpu_capability())
-    versions = (torch.__version__, _openvino().__version__)
-    name = runtime_cache.fingerprint(network, plan.patch, precision, versions, cpu) + ".openvino"
+    versions = (torch.__version__, _openvino().__version__, version("monai"))
+    name = runtime_cache.fingerprint(network, plan.network, plan.patch, precision, versions, cpu) + ".openvino"
     stored = runtime_cache.read(name)
     if stored is not None:
         with suppress(RuntimeError):
@@ -73,8 +74,11 @@ def _converted(network: nn.Module, plan: Plan) -> Any:
     openvino = _openvino()
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    # The network is traced on less than a patch, which is quicker and finds the same operations.
-    size = [min(edge, 2 * divisor) for edge, divisor in zip(plan.patch, plan.network.divisor, strict=True)]
+    size = plan.patch
+    if isinstance(plan.network, Network):
+        # The U-Net is traced on less than a patch, which is quicker and finds the same operations.
+        i, j, k = (min(edge, 2 * divisor) for edge, divisor in zip(plan.patch, plan.network.divisor, strict=True))
+        size = (i, j, k)
     example = torch.zeros(1, plan.inputs, *size)
     with torch.no_grad(), _rewritten(network), warnings.catch_warnings(action="ignore"):
         decoder = TorchScriptPythonDecoder(network, example_input=example, trace_kwargs={"check_trace": False})

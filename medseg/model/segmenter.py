@@ -15,7 +15,7 @@ from medseg.errors import ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import nonzero_box, prepare, separate_scores, with_labels
+from medseg.model.preprocess import nearest_scores, nonzero_box, prepare, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stream import pieces
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 GPU_BATCH = 4
 """Tiles that a GPU sees at once; where they do not fit, fewer. A CPU is busy with one."""
+
+STEP = 0.5
+"""Between tiles, as a share of the patch, where neither plan nor caller say otherwise."""
 
 Box = Sequence[Sequence[float]]
 """Two opposite corners, ((x, y, z), (x, y, z)), in mm of RAS+ world space."""
@@ -97,7 +100,7 @@ class Model:
         volume: Volume,
         *,
         roi: Box | None = None,
-        step: float = 0.5,
+        step: float | None = None,
         mirror: bool = False,
         reuse: bool = True,
         soft: SoftMaps | None = None,
@@ -107,9 +110,9 @@ class Model:
         """Return the label map of an image (C, I, J, K), on its grid, in the smallest unsigned type that holds it.
 
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
-        `step` is the distance between tiles as a share of the patch. `mirror` averages the logits over the flips that
-        the plan allows. `reuse` computes tiles of one constant value once, with the same result. `soft` and `report`
-        are filled in.
+        `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
+        the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
+        result. `soft` and `report` are filled in.
         Raises InputError for an image that does not fit the plan, GeometryError for a box outside it.
         """
         report = report or Report()
@@ -131,10 +134,11 @@ class Model:
         values, regions = np.array(self.plan.painted), bool(self.plan.regions)
         labels = np.zeros(volume.grid.shape, np.min_scalar_type(int(values.max())))
         if soft is not None:
-            soft.begin(volume.grid, self.plan.outputs, box, regions=regions)
+            soft.begin(volume.grid, self.plan.outputs, box, regions=regions, activated=bool(self.plan.activation))
         with report.stage("export"):
-            nearest = separate_scores(part.grid, self.plan)
-            for piece in pieces(rows, axis, prepared.grid, part.grid, regions=regions, nearest_axis=nearest):
+            nearest = nearest_scores(part.grid, self.plan)
+            rows = self._activated(rows)
+            for piece in pieces(rows, axis, prepared.grid, part.grid, regions=regions, nearest_axes=nearest):
                 labels[box][piece.index] = values.astype(labels.dtype)[piece.winners]
                 if soft is not None:
                     with report.stage("soft"):
@@ -142,7 +146,9 @@ class Model:
         report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         return volume.with_array(labels[None])
 
-    def logits(self, prepared: Volume, *, step: float = 0.5, mirror: bool = False, reuse: bool = True) -> Tensor:
+    def logits(
+        self, prepared: Volume, *, step: float | None = None, mirror: bool = False, reuse: bool = True
+    ) -> Tensor:
         """Return the logits (outputs, I, J, K) of a prepared image: tiles blended by a Gaussian, folds averaged."""
         axis, rows = self._rows(prepared, step, self._predictor(mirror=mirror, reuse=reuse), None, Report())
         result = torch.empty((self.plan.outputs, *prepared.grid.shape), device=self.device)
@@ -151,13 +157,17 @@ class Model:
         return result
 
     def _rows(
-        self, prepared: Volume, step: float, predictor: Predictor, progress: Progress | None, report: Report
+        self, prepared: Volume, step: float | None, predictor: Predictor, progress: Progress | None, report: Report
     ) -> tuple[int, Iterator[tuple[int, Tensor]]]:
         """Return the streamed axis and the finished rows of logits, without the padding that brings it to the patch."""
         padding = padding_to(prepared.grid.shape, self.plan.patch)
         image = torch.from_numpy(np.pad(prepared.array, ((0, 0), *padding)))
         _, i, j, k = image.shape
-        window = Window.over((i, j, k), self.plan.patch, step)
+        shape, tiling = (i, j, k), self.plan.tiling
+        if tiling and step is None:
+            window = Window.tiled(shape, self.plan.patch, tiling)
+        else:
+            window = Window.over(shape, self.plan.patch, STEP if step is None else step)
 
         def predict(tiles: Sequence[Tensor]) -> list[Tensor]:
             with report.stage("network"):
@@ -175,6 +185,14 @@ class Model:
                     yield _without_padding(first, logits, window.axis, padding, prepared.grid.shape)
 
         return window.axis, rows()
+
+    def _activated(self, rows: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """Return rows of what is interpolated: a voxel belongs to a region where that is above 0."""
+        if self.plan.activation == "softmax":
+            return ((first, logits.softmax(dim=0)) for first, logits in rows)
+        if self.plan.activation == "sigmoid":
+            return ((first, logits.sigmoid() - 0.5) for first, logits in rows)
+        return rows
 
     def _facts(self) -> dict[str, Any]:
         runtime = self.runtime

@@ -43,10 +43,13 @@ class SoftMaps:
         self._folder = folder
         self._regions = False
 
-    def begin(self, grid: Grid, outputs: int, box: Index, *, regions: bool) -> None:
-        """Make the maps of an image on `grid`; pieces lie within `box`, beyond which all is background, and certain."""
+    def begin(self, grid: Grid, outputs: int, box: Index, *, regions: bool, activated: bool = False) -> None:
+        """Make the maps of an image on `grid`; pieces lie within `box`, beyond which all is background, and certain.
+
+        With `activated` scores are probabilities already; those of regions minus one half.
+        """
         probabilities, uncertainty = self._wanted
-        self._regions, self._box = regions, box
+        self._regions, self._box, self._activated = regions, box, activated
         self._voxel_ml = grid.voxel_mm3 / 1000
         self._sums = np.zeros(outputs)
         self.probabilities = self._empty(outputs, grid) if probabilities else None
@@ -59,7 +62,8 @@ class SoftMaps:
 
     def take(self, piece: Piece) -> None:
         """Add the voxels of a piece."""
-        for index, scores in piece.scores():
+        for index, given in piece.scores():
+            scores = _logits(given, regions=self._regions) if self._activated else given
             probabilities, entropy = _sigmoid(scores) if self._regions else _softmax(scores)
             self._sums += probabilities.flatten(1).sum(dim=1).double().cpu().numpy()
             if self.probabilities is not None:
@@ -90,6 +94,10 @@ def _mapped(shape: tuple[int, ...], folder: Path) -> NDArray[np.float32]:
             path=folder,
             reason="no_room",
         ) from error
+
+
+def _logits(probabilities: Tensor, *, regions: bool) -> Tensor:
+    return (probabilities + 0.5).logit(eps=1e-7) if regions else probabilities.clamp(min=1e-30).log()
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

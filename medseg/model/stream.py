@@ -43,16 +43,16 @@ class Piece:
 
 
 def pieces(
-    rows: Rows, axis: int, grid: Grid, target: Grid, *, regions: bool = False, nearest_axis: int | None = None
+    rows: Rows, axis: int, grid: Grid, target: Grid, *, regions: bool = False, nearest_axes: Sequence[int] = ()
 ) -> Iterator[Piece]:
     """Yield the voxels of `target`, each once, when the rows along `axis` that they lie between are there.
 
-    Along `nearest_axis` of `grid` scores are those of the nearest row, where the grids are parallel.
+    Along `nearest_axes` of `grid` scores are those of the nearest row, where the grids are parallel.
     """
     axes = parallel_axes(grid, target)
     if axes is None:
         return _across(rows, axis, grid, target, regions)
-    axes = [nearest(one) if one.source_axis == nearest_axis else one for one in axes]
+    axes = [nearest(one) if one.source_axis in nearest_axes else one for one in axes]
     return _along(rows, axis, grid, axes, regions)
 
 

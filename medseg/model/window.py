@@ -6,13 +6,16 @@ Memory holds one patch length of logits along that axis, whatever the length of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg.process.patches import Shape, normalized_weights, tile_starts
+from medseg.model.plan import Tiling
+from medseg.process.patches import Shape, blend_weights, normalized_weights, tile_starts, tile_starts_at
 
 Predict = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """From tiles (C, I, J, K) to the logits (outputs, I, J, K) of each."""
@@ -23,19 +26,34 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Window:
-    """Where the tiles of one image lie: starts along each axis, the patch, and the axis that is streamed along."""
+    """Where the tiles of one image lie: starts along each axis, the patch, and the axis that is streamed along.
+
+    `weights` (I, J, K) is by what each voxel of a tile counts; by default medseg's own Gaussian.
+    """
 
     shape: Shape
     patch: Shape
     starts: tuple[list[int], list[int], list[int]]
     axis: int
+    weights: NDArray[np.float32] | None = None
 
     @classmethod
     def over(cls, shape: Shape, patch: Shape, step: float) -> Window:
         """Return the window over an image (I, J, K) of at least the patch, streamed so that its slab is smallest."""
         i, j, k = (tile_starts(size, edge, step) for size, edge in zip(shape, patch, strict=True))
+        return cls._through(shape, patch, (i, j, k))
+
+    @classmethod
+    def tiled(cls, shape: Shape, patch: Shape, tiling: Tiling) -> Window:
+        """Return the window that a plan asks for over an image (I, J, K) of at least the patch."""
+        i, j, k = (tile_starts_at(*axis) for axis in zip(shape, patch, tiling.overlap, strict=True))
+        window = cls._through(shape, patch, (i, j, k))
+        return replace(window, weights=blend_weights(patch, gaussian=tiling.blend == "gaussian"))
+
+    @classmethod
+    def _through(cls, shape: Shape, patch: Shape, starts: tuple[list[int], list[int], list[int]]) -> Window:
         slab = [edge / size for size, edge in zip(shape, patch, strict=True)]
-        return cls(shape, patch, (i, j, k), slab.index(min(slab)))
+        return cls(shape, patch, starts, slab.index(min(slab)))
 
     @property
     def tiles(self) -> int:
@@ -55,12 +73,31 @@ class Window:
         shape[self.axis + 1] = self.patch[self.axis] + 1
         return tuple(shape)
 
-    def shares(self, like: Tensor) -> list[list[Tensor]]:
-        """Return, for each axis and each start, the shares that a tile has in the blend, on the device of `like`."""
-        return [
+    def shares(self, like: Tensor) -> Callable[[Sequence[int]], Tensor]:
+        """Return what gives the shares (I, J, K) of a tile, by its places in `starts`, on the device of `like`."""
+        if self.weights is not None:
+            return self._weighed(torch.from_numpy(self.weights).to(like))
+        lines = [
             [torch.from_numpy(share).to(like) for share in normalized_weights(size, edge, starts)]
             for size, edge, starts in zip(self.shape, self.patch, self.starts, strict=True)
         ]
+
+        def share(tile: Sequence[int]) -> Tensor:
+            i, j, k = (lines[d][tile[d]] for d in range(3))
+            return i[:, None, None] * j[:, None] * k
+
+        return share
+
+    def _weighed(self, weights: Tensor) -> Callable[[Sequence[int]], Tensor]:
+        """Return what gives the shares of a tile by weights that are no product of lines: their sum has to be kept."""
+        total = weights.new_zeros(self.shape)
+        for place in range(len(self.starts[self.axis])):
+            for tile in self.row(place):
+                total[self._part(tile)] += weights
+        return lambda tile: weights / total[self._part(tile)]
+
+    def _part(self, tile: Sequence[int]) -> tuple[slice, ...]:
+        return _box([self.starts[d][tile[d]] for d in range(3)], self.patch)[1:]
 
 
 def finished_rows(
@@ -73,7 +110,7 @@ def finished_rows(
     the next.
     """
     axis, base, done = window.axis, 0, 0
-    shares = window.shares(buffer)
+    share = window.shares(buffer)
     for place, start in enumerate(window.starts[axis]):
         base = _advance(buffer, axis + 1, base, max(0, start - 1))
         row = window.row(place)
@@ -83,9 +120,8 @@ def finished_rows(
             logits = predict([image[_box(corner, window.patch)] for corner in corners])
             for tile, corner, scores in zip(some, corners, logits, strict=True):
                 corner[axis] -= base
-                i, j, k = (shares[d][tile[d]] for d in range(3))
                 target = buffer[_box(corner, window.patch)]
-                target.addcmul_(scores.to(buffer.device), i[:, None, None] * j[:, None] * k)
+                target.addcmul_(scores.to(buffer.device), share(tile))
             done += len(some)
             if progress:
                 progress(done, window.tiles)

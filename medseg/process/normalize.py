@@ -50,7 +50,19 @@ class Rescale(BaseModel):
     kind: Literal["rescale"] = "rescale"
 
 
-Scheme = CTNormalization | ZScore | Rescale
+class NonzeroZScore(BaseModel):
+    """Subtract the mean and divide by the standard deviation of the voxels that are not 0 in this channel, now.
+
+    Unlike with ZScore nothing is known of other channels, of holes, or of the image before it was resampled (MONAI's
+    NormalizeIntensity).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["nonzero_zscore"] = "nonzero_zscore"
+
+
+Scheme = CTNormalization | ZScore | Rescale | NonzeroZScore
 Normalization = Annotated[Scheme, Field(discriminator="kind")]
 
 
@@ -71,8 +83,8 @@ def normalize(
         elif isinstance(scheme, Rescale):
             np.subtract(channel, channel.min(), out=out)
             np.divide(out, max(float(out.max()), SMALLEST_STD), out=out)
-        elif scheme.nonzero:
-            inside = channel != 0 if mask is None else mask
+        elif isinstance(scheme, NonzeroZScore) or scheme.nonzero:
+            inside = channel != 0 if mask is None or isinstance(scheme, NonzeroZScore) else mask
             values = channel[inside] if inside.any() else np.zeros(1, np.float32)
             out[...] = np.where(inside, _standardized(channel, values), 0)
         else:

@@ -31,10 +31,10 @@ def new_state(
 ) -> TrainState:
     """Return a network with its running average and optimizer: random from the seed, or with the weights of a model.
 
-    Raises ModelError where that model's network is another one.
+    Raises ModelError where that model's network is another one, or none of medseg's own.
     """
     torch.manual_seed(settings.seed)
-    network = build_network(plan.network, len(plan.channels), plan.outputs)
+    network = build_network(plan.unet, len(plan.channels), plan.outputs)
     if start is not None:
         begin_with(network, start)
     network = placed(network, device).train()

@@ -60,7 +60,7 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
     spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
     shape = median_shape(fingerprint.cases, plan.spacing_mm)
     nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
-    kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.network.kernels)
+    kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.unet.kernels)
     low, high = (_joined(np.percentile(spacings, share, axis=0)) for share in (0, 100))
     median = _joined(np.median(spacings, axis=0))
     reasons = {
@@ -71,7 +71,7 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
             f"rule: the median case, {_joined(shape)}, within {PATCH_VOXELS} voxels",
         ),
         "network": (
-            f"{len(plan.network.strides)} resolutions, features {_joined(plan.network.features)}, kernels {kernels}",
+            f"{len(plan.unet.strides)} resolutions, features {_joined(plan.unet.features)}, kernels {kernels}",
             "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest",
         ),
         "channels": (
