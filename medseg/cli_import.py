@@ -12,7 +12,9 @@ from medseg.errors import UsageError
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="A trained nnU-Net v2 model: its folder, or an exported zip archive.")],
+    source: Annotated[
+        Path, typer.Argument(help="A trained nnU-Net v2 model or a MONAI bundle: its folder or zip archive.")
+    ],
     model: Annotated[Path, typer.Argument(help="The model folder to write; it must be empty or not exist.")],
     orientation: Annotated[
         str | None, typer.Option(help="How the model's training images lay, such as RAS, where it does not say.")
@@ -23,7 +25,7 @@ def import_(
     folds: Annotated[str | None, typer.Option(help="Numbers such as 0,1; by default all that are there.")] = None,
     checkpoint: Annotated[str, typer.Option(help="final, best or latest.")] = "final",
 ) -> None:
-    """Turn a model of nnU-Net v2 into a model folder. Nothing of the model is run."""
+    """Turn a model of nnU-Net v2 or a MONAI bundle into a model folder. Nothing of the model is run."""
     from medseg.model.importing import import_model
 
     plan = import_model(

@@ -28,9 +28,6 @@ GRID_TOLERANCE_MM = 1e-3
 ORTHOGONAL_TOLERANCE = 1e-4
 """Axes count as perpendicular when the cosine between them is below this: what ITK accepts in a NIfTI header."""
 
-SAME_SPACING_MM = 1e-3
-"""MONAI takes spacings that differ by no more as one."""
-
 Affine = NDArray[np.float64]
 Array = NDArray[Any]
 
@@ -114,19 +111,6 @@ class Grid:
         affine = self.affine.copy()
         affine[:3, :3] *= scale
         affine[:3, 3] = self.to_world((scale - 1) / 2)
-        return Grid(tuple(shape.tolist()), affine)
-
-    def with_spacing_from_first(self, spacing_mm: Sequence[float]) -> Grid:
-        """Return a grid with exactly this spacing whose first voxel has its center where it is here.
-
-        Each axis reaches about as far as the outer centers: round((n - 1) * own / spacing) + 1 voxels. An axis whose
-        spacing differs by no more than 0.001 mm stays as it is. Source: MONAI's `Spacing`.
-        """
-        own, wanted = np.asarray(self.spacing_mm), np.asarray(spacing_mm, dtype=np.float64)
-        wanted = np.where(np.abs(own - wanted) <= SAME_SPACING_MM, own, wanted)
-        shape = np.round((np.asarray(self.shape) - 1) * own / wanted + 1).astype(int)
-        affine = self.affine.copy()
-        affine[:3, :3] *= wanted / own
         return Grid(tuple(shape.tolist()), affine)
 
     def orthogonalized(self) -> Grid:

@@ -26,7 +26,8 @@ pytestmark = [
 
 KINDS = [
     pytest.param(
-        kind, marks=pytest.mark.skipif(kind == "SwinUNETR" and not find_spec("einops"), reason="einops is not installed")
+        kind,
+        marks=pytest.mark.skipif(kind == "SwinUNETR" and not find_spec("einops"), reason="einops is not installed"),
     )
     for kind in files.NETWORKS
 ]
@@ -36,7 +37,9 @@ def dice(found, expected):
     """Return the Dice of all foreground labels, the smallest."""
     values = np.unique(expected[expected > 0])
     assert values.size
-    return min(2 * ((found == v) & (expected == v)).sum() / ((found == v).sum() + (expected == v).sum()) for v in values)
+    return min(
+        2 * ((found == v) & (expected == v)).sum() / ((found == v).sum() + (expected == v).sum()) for v in values
+    )
 
 
 def beside(tmp_path, config, grid, meta=None):
@@ -50,9 +53,162 @@ def beside(tmp_path, config, grid, meta=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_are_those_of_monai_whatever_the_orientation(tmp_path, kind, grid):
-    roi = [32, 32, 32] if kind == "SwinUNETR" else [16, 16, 8]
+@pytest.mark.parametrize("orientation", ["LPS", "PIR", "oblique"])
+def test_labels_are_those_of_monai_whatever_the_orientation(tmp_path, kind, orientation):
+    roi = [64, 32, 32] if kind == "SwinUNETR" else [16, 16, 8]
     config = files.inference(network_def=files.network_def(kind), roi=roi)
-    grid = make_grid(grid.orientation, (21, 18, 23)) if grid.orientation != "RAS" else grid
-    found, expected, _ = beside(tmp_path, config, grid)
+    found, expected, _ = beside(tmp_path, config, make_grid(orientation, (21, 18, 23)))
     assert dice(found, expected[0]) >= 0.999
+
+
+CASES = {
+    "constant blend, smaller than a tile": (
+        {"inferer": {"_target_": "SlidingWindowInferer", "roi_size": [32, 16, 16], "overlap": 0.25}}, (18, 17, 23)
+    ),
+    "z-score of what is not 0, before": (
+        {"preprocessing": {"_target_": "Compose", "transforms": [
+            *files.LOAD, files.transform("NormalizeIntensityd", nonzero=True), files.TURN, files.SPACE,
+        ]}}, (20, 18, 16)
+    ),
+    "regions": ({"postprocessing": {"_target_": "Compose", "transforms": files.behind(sigmoid=True)}}, (20, 18, 16)),
+    "nearest": (
+        {"postprocessing": {"_target_": "Compose", "transforms": files.behind(nearest=True, discrete_first=True)}},
+        (20, 18, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_that_of_monai(tmp_path, case):
+    changes, shape = CASES[case]
+    outputs = {"0": "all", "1": "one", "2": "two"} if case == "regions" else None
+    found, expected, _ = beside(
+        tmp_path, files.inference(**changes), make_grid("LPS", shape), files.metadata(outputs=outputs)
+    )
+    painted = expected[0]
+    if case == "regions":
+        painted = np.zeros(expected.shape[1:])
+        for value, region in enumerate(expected, 1):
+            painted[region > 0] = value
+    assert dice(found, painted) >= 0.999
+
+
+def test_the_plan_and_the_card_say_where_the_model_comes_from(tmp_path):
+    files.write_bundle(tmp_path / "bundle", files.inference(), key="model")
+    shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path, "bundle")
+    plan = import_model(tmp_path / "bundle.zip", tmp_path / "model")
+    assert [(label.value, label.name) for label in plan.labels] == [(1, "liver"), (2, "spleen")]
+    assert (plan.channels[0].name, plan.orientation, plan.patch) == ("CT", "RAS", (16, 16, 8))
+    assert "Intended use: Tests alone" in (tmp_path / "model/MODEL_CARD.md").read_text()
+    with pytest.raises(ModelError, match="of the kind monai_unet, which medseg runs but does not train"):
+        plan.unet  # noqa: B018
+
+
+def attacked(witness):
+    return f"$__import__('os').system('touch {witness}')"
+
+
+@pytest.mark.parametrize("part", ["network_def", "preprocessing", "inferer", "postprocessing", "reference"])
+def test_expressions_are_refused_and_run_nothing(tmp_path, part):
+    witness = tmp_path / "witness"
+    code = attacked(witness)
+    changes = {
+        "network_def": {"network_def": files.network_def() | {"dropout": code}},
+        "preprocessing": {"preprocessing": {"_target_": "Compose", "transforms": [code]}},
+        "inferer": {"inferer": {"_target_": "SlidingWindowInferer", "roi_size": code}},
+        "postprocessing": {"postprocessing": code},
+        "reference": {"roi": code},
+    }[part]
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(files.inference(**changes)))
+    with pytest.raises(ModelError, match="an expression at .*never evaluates") as caught:
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    assert caught.value.reason == "unsafe"
+    assert not witness.exists()
+    assert not (tmp_path / "model").exists()
+
+
+def test_expressions_in_parts_that_are_not_read_run_nothing(tmp_path):
+    witness = tmp_path / "witness"
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    config = files.inference(initialize=[attacked(witness)], device=attacked(witness))
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(config))
+    import_model(tmp_path / "bundle", tmp_path / "model")
+    assert not witness.exists()
+
+
+def compose(*steps):
+    return {"_target_": "Compose", "transforms": list(steps)}
+
+
+REFUSED = {
+    "network that medseg does not have: UNETR": {"network_def": {"_target_": "UNETR"}},
+    "at network_def that medseg does not have: os.system": {"network_def": {"_target_": "os.system"}},
+    "spatial_dims": {"network_def": files.network_def(spatial_dims=2)},
+    "act: .*|act.": {"network_def": files.network_def(act="no layer")},
+    "transform that medseg does not have: CropForegroundd at": {
+        "preprocessing": compose(files.transform("CropForegroundd"))
+    },
+    "order of transforms": {"preprocessing": compose(files.SPACE, files.TURN)},
+    "Spacingd at .*diagonal": {"preprocessing": compose(files.SPACE | {"diagonal": True})},
+    "setting of ScaleIntensityRange": {"preprocessing": compose(files.SCALE | {"a_max": -100})},
+    "setting of NormalizeIntensity": {"preprocessing": compose(files.transform("NormalizeIntensityd", divisor=2))},
+    "inferer that medseg does not have: SimpleInferer": {"inferer": {"_target_": "SimpleInferer"}},
+    "must be divisible": {"roi": [15, 16, 8]},
+    "mixture of transforms": {"postprocessing": compose()},
+    "order of transforms behind": {"postprocessing": compose(*files.behind(discrete_first=True))},
+    "too large, or refers to itself": {"roi": ["@roi"]},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_medseg_does_not_have_is_named(tmp_path, message):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(files.inference(**REFUSED[message])))
+    with pytest.raises(ModelError, match=message) as caught:
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    assert caught.value.path is not None
+
+
+def test_weights_and_metadata_that_do_not_fit(tmp_path):
+    files.write_bundle(tmp_path / "bundle", files.inference(), files.metadata(outputs={"0": "background"}))
+    with pytest.raises(ModelError, match="do not name 3 channels of outputs"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    files.write_bundle(tmp_path / "bundle", files.inference(), [])
+    with pytest.raises(ModelError, match="not those of a MONAI bundle"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/models/model.pt").rename(tmp_path / "bundle/models/model.ts")
+    with pytest.raises(ModelError, match="TorchScript alone"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    (tmp_path / "bundle/models/model.ts").unlink()
+    with pytest.raises(ModelError, match="models/model.pt is missing"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+
+
+def test_yaml_is_read_without_aliases(tmp_path):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    text = (tmp_path / "bundle/configs/inference.json").read_text()
+    (tmp_path / "bundle/configs/inference.json").unlink()
+    file = tmp_path / "bundle/configs/inference.yaml"
+    for content, message in (("a: &a 1\nb: *a\n", "YAML aliases"), ("a: [", "no valid YAML")):
+        file.write_text(content)
+        with pytest.raises(ModelError, match=message):
+            import_model(tmp_path / "bundle", tmp_path / "model")
+    file.write_text(text)
+    assert import_model(tmp_path / "bundle", tmp_path / "model").patch == (16, 16, 8)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_runtimes_agree(tmp_path, kind, runtime):
+    pytest.importorskip("openvino" if runtime == "openvino" else "onnxruntime")
+    config = files.inference(
+        network_def=files.network_def(kind), roi=[64, 32, 32] if kind == "SwinUNETR" else [16, 16, 8]
+    )
+    network = files.write_bundle(tmp_path / "bundle", config)
+    plan = import_model(tmp_path / "bundle", tmp_path / "model")
+    image = torch.randn(1, 1, *plan.patch)
+    model = Model.load(tmp_path / "model", device="cpu", runtime=runtime)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.runtime(image), network(image), rtol=1e-3, atol=1e-3)

@@ -50,7 +50,10 @@ def edited(tmp_path, **changes):
         ({"resampling": {"separate": 3}}, "only with the method resize"),
         ({"regions": [{"name": "all", "members": [1, 2], "value": 2}]}, "must be those of the labels"),
         ({"orientation": "RAX"}, "orientation: String should match pattern"),
-        ({"network": {"kind": "torch.nn.Linear"}}, r"network.kind: Input should be 'unet'.*\(and 4 more\)"),
+        (
+            {"network": {"kind": "torch.nn.Linear"}},
+            "network: Input tag 'torch.nn.Linear' .* does not match any of the expected tags: 'unet'",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, changes, message):

@@ -129,7 +129,7 @@ def _write_parts(imported: Imported, folder: Path) -> None:
     folder.mkdir(parents=True)
     plan.save(folder / "plan.json")
     for fold, state in imported.folds.items():
-        weights = {name: tensor.contiguous() for name, tensor in state.items()}
+        weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         (folder / f"fold_{fold}.safetensors").write_bytes(serialize(weights))
     (folder / "MODEL_CARD.md").write_text(_card(imported), encoding="utf-8")
     if imported.previous:

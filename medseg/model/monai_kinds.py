@@ -5,6 +5,7 @@ The fields are those of MONAI's own networks (`monai.networks.nets`), without th
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -130,6 +131,11 @@ def build_monai(network: MonaiNetwork, inputs: int, outputs: int) -> nn.Module:
 
     Raises ModelError where MONAI refuses its numbers, or einops is missing.
     """
+    if network.kind == "monai_swinunetr" and not find_spec("einops"):
+        raise ModelError(
+            'SwinUNETR needs a package that is not installed. Install it with: pip install "medseg[swin]"',
+            reason="not_installed",
+        )
     from monai.networks import nets
 
     kinds = {

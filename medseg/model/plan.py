@@ -77,8 +77,8 @@ class Resampling(BaseModel):
 
     `method` is "smooth", where what shrinks is smoothed first, or "resize", nnU-Net's way (`process.resize`), where an
     axis with voxels more than `separate` times as long as the shortest is resampled by itself, to the nearest voxel;
-    `separate_scores` is that for scores. "corners" is MONAI's way: the first voxel keeps its center, and nothing is
-    smoothed. With `nearest_scores` scores go to the nearest voxel along every axis.
+    `separate_scores` is that for scores. "corners" is MONAI's way (`process.corners`): outer centers stay
+    where they are, and nothing is smoothed. With `nearest_scores` scores go to the nearest voxel along every axis.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

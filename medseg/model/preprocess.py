@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from medseg.errors import InputError
 from medseg.model.plan import Plan
+from medseg.process.corners import corner_grid
 from medseg.process.normalize import ZScore, normalize
 from medseg.process.resample import finite_float32, resample
 from medseg.process.resize import resize, separate_axis
@@ -18,8 +19,9 @@ def network_grid(grid: Grid, plan: Plan) -> Grid:
     oriented = _oriented(grid, plan)
     if plan.resampling is None:
         return oriented
-    from_first = plan.resampling.method == "corners"
-    return oriented.with_spacing_from_first(plan.spacing_mm) if from_first else oriented.with_spacing(plan.spacing_mm)
+    if plan.resampling.method == "corners":
+        return corner_grid(oriented, plan.spacing_mm)
+    return oriented.with_spacing(plan.spacing_mm)
 
 
 def nearest_scores(grid: Grid, plan: Plan) -> tuple[int, ...]:
