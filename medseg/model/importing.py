@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
-from medseg.model.import_nnunet import Imported, is_nnunet, read_nnunet
+from medseg.model.import_nnunet import POSTPROCESSING, Imported, is_nnunet, read_nnunet
 from medseg.model.networks import build_network
 from medseg.model.plan import Plan
 from medseg.model.untrusted import unpacked
@@ -79,7 +79,7 @@ def _opened(source: Path) -> Iterator[Path]:
 
 
 def _wanted(name: str) -> bool:
-    return name.endswith(("plans.json", "dataset.json")) or "/checkpoint_" in name
+    return name.endswith(("plans.json", "dataset.json", POSTPROCESSING)) or "/checkpoint_" in name
 
 
 def _chosen(source: Path, configuration: str | None) -> Path:
