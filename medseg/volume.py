@@ -3,7 +3,7 @@
 Three words carry everything else:
 
 - *index*: (i, j, k), the position of a voxel in its array, in array order; whole numbers are voxel centers.
-- *world*: (x, y, z) in millimetres, RAS+: x grows to the patient's right, y to the front, z to the head.
+- *world*: (x, y, z) in millimeters, RAS+: x grows to the patient's right, y to the front, z to the head.
 - *affine*: the 4 x 4 matrix that takes an index to its world position.
 
 A `Grid` is a shape and an affine: a place in the patient without voxels. A `Volume` is an array (C, I, J, K) on a Grid.

@@ -384,3 +384,24 @@ def test_sources_and_targets_that_are_none(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="could not be written: No space left on device"):
         import_model(source, tmp_path / "model")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "source"]
+
+
+def test_what_crossvalidation_found_about_largest_pieces_is_kept(tmp_path):
+    source = tmp_path / "source"
+    files.write_model(source)
+    name = "remove_all_but_largest_component_from_segmentation"
+    rules = {
+        "postprocessing_fns": [name, name],
+        "postprocessing_kwargs": [{"labels_or_regions": [2, [1, 2]]}, {"labels_or_regions": 1}],
+    }
+    crossval = source / "crossval_results_folds_0"
+    crossval.mkdir()
+    (crossval / "postprocessing.json").write_text(json.dumps(rules))
+    assert import_model(source, tmp_path / "model").keep_largest == ((1, 2), (1,))
+    rules["postprocessing_fns"][1] = "smooth"
+    (crossval / "postprocessing.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="postprocessing.*smooth"):
+        import_model(source, tmp_path / "other")
+    (crossval / "postprocessing.json").write_text("{}")
+    with pytest.raises(ModelError, match="do not fit together"):
+        import_model(source, tmp_path / "third")

@@ -117,6 +117,16 @@ def test_where_the_plan_says_so_only_the_box_around_what_is_not_0_is_looked_at(g
     assert model.segment(image.with_array(array * 0)).array.max() == 0
 
 
+def test_a_plan_can_keep_the_largest_piece_alone():
+    array = np.zeros((1, 12, 6, 6), np.float32)
+    array[0, 1:3, 1:3, 1:3] = array[0, 6:10, 1:5, 1:5] = 1
+    image = Volume(array, Grid(array.shape[1:], np.eye(4)))
+    assert threshold_model(0.5).segment(image).array.sum() == 8 + 64
+    found = threshold_model(0.5, keep_largest=((1,),)).segment(image).array
+    assert found.sum() == 64
+    assert found[0, 6:10, 1:5, 1:5].all()
+
+
 def test_a_box_outside_the_image_is_refused(grid):
     image = Volume(np.zeros((1, *grid.shape)), grid)
     with pytest.raises(GeometryError, match="lies outside the image"):

@@ -81,7 +81,7 @@ def placed_grid(shape: Sequence[int], affine: Affine) -> Grid:
 
 
 def assumed_grid(shape: Sequence[int], spacing_mm: ArrayLike, orientation: str | None) -> Grid:
-    """Return the grid of a file that states a spacing alone: its axes point as `orientation`, its centre is at 0 0 0.
+    """Return the grid of a file that states a spacing alone: its axes point as `orientation`, its center is at 0 0 0.
 
     Raises UnknownOrientation where `orientation` is None or the spacing is not positive, UsageError where
     `orientation` does not name three different directions.

@@ -32,6 +32,9 @@ Blocks = Annotated[int, Field(ge=1, le=64)]
 BlocksPerLevel = Blocks | list[Blocks]
 PerAxis = Whole | list[Whole | list[Whole]]
 
+POSTPROCESSING = "postprocessing.json"
+"""What nnU-Net found by cross-validation that a clean-up improves."""
+
 
 class _Kwargs(BaseModel):
     """What nnU-Net's networks are made with; entries that are not here are refused."""
@@ -119,7 +122,7 @@ def read_nnunet(
         axes = _axes(plans["transpose_forward"])
         mirror = [axes.index(axis) for axis in first.get("inference_allowed_mirroring_axes") or ()]
         plan = _plan(plans, dataset, configuration, axes, orientation).model_copy(
-            update={"mirror_axes": tuple(sorted(mirror))}
+            update={"mirror_axes": tuple(sorted(mirror)), "keep_largest": _keep_largest(folder, tuple(files))}
         )
         first_stage = _first_stage(folder, name, configuration, plan, stages)
         states = {fold: content["network_weights"] for fold, content in read.items()}
@@ -140,6 +143,24 @@ def read_nnunet(
             first_stage, orientation=orientation, folds=folds, checkpoint=checkpoint, stages=stages - 1
         )
     return Imported(plan.model_copy(update={"name": f"{plan.name} {name}"}), weights, facts, previous)
+
+
+def _keep_largest(folder: Path, folds: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of labels of which cross-validation found that the largest piece alone is better."""
+    crossval = folder / f"crossval_results_folds_{'_'.join(map(str, folds))}"
+    file = next((one / POSTPROCESSING for one in (folder, crossval) if (one / POSTPROCESSING).is_file()), None)
+    if file is None:
+        return ()
+    content = read_json(file)
+    for name in content["postprocessing_fns"]:
+        if name != "remove_all_but_largest_component_from_segmentation":
+            raise unsupported("postprocessing", str(name))
+    groups = (_flat(kwargs["labels_or_regions"]) for kwargs in content["postprocessing_kwargs"])
+    return tuple(tuple(sorted(set(group))) for group in groups)
+
+
+def _flat(numbers: Any) -> list[int]:
+    return [one for part in numbers for one in _flat(part)] if isinstance(numbers, list) else [int(numbers)]
 
 
 def _first_stage(folder: Path, name: str, configuration: _Configuration, plan: Plan, stages: int) -> Path | None:

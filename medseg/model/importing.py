@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
 from medseg.model.import_monai import INFERENCE, WEIGHTS, is_bundle, read_bundle
-from medseg.model.import_nnunet import Imported, is_nnunet, read_nnunet
+from medseg.model.import_nnunet import POSTPROCESSING, Imported, is_nnunet, read_nnunet
 from medseg.model.networks import build_network
 from medseg.model.plan import Plan
 from medseg.model.untrusted import unpacked
@@ -84,7 +84,7 @@ def _opened(source: Path) -> Iterator[Path]:
 
 
 def _wanted(name: str) -> bool:
-    described = name.endswith(("plans.json", "dataset.json", "metadata.json", *INFERENCE))
+    described = name.endswith(("plans.json", "dataset.json", "metadata.json", POSTPROCESSING, *INFERENCE))
     return described or "/checkpoint_" in name or name.endswith(WEIGHTS)
 
 

@@ -22,6 +22,7 @@ from medseg.model.stream import pieces
 from medseg.model.timing import Report
 from medseg.model.weights import find_model, load_network
 from medseg.model.window import Progress, Window, finished_rows
+from medseg.process.cleanup import keep_largest_piece
 from medseg.process.patches import padding_to
 from medseg.volume import Volume
 
@@ -143,6 +144,9 @@ class Model:
                 if soft is not None:
                     with report.stage("soft"):
                         soft.take(piece)
+        with report.stage("cleanup"):
+            for group in self.plan.keep_largest:
+                keep_largest_piece(labels, group)
         report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         return volume.with_array(labels[None])
 

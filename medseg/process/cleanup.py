@@ -28,6 +28,19 @@ def keep_largest(labels: Volume, values: Sequence[int]) -> Volume:
     return labels.with_array(result)
 
 
+def keep_largest_piece(labels: NDArray[np.unsignedinteger], values: Sequence[int]) -> None:
+    """Set to 0, in place, all of `values` in labels (I, J, K) but the largest piece that they form together.
+
+    Voxels that share a corner belong together; of pieces of one size all stay (nnU-Net's rule).
+    """
+    inside = np.isin(labels, values)
+    pieces, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+    if count > 1:
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0
+        labels[inside & (sizes != sizes.max())[pieces]] = 0
+
+
 def fill_holes(labels: Volume, values: Sequence[int]) -> Volume:
     """Return labels (1, I, J, K) in which background enclosed by one of `values` belongs to it.
 

@@ -25,7 +25,7 @@ PARALLEL_TOLERANCE = 1e-3
 """Axes count as parallel when following one over the whole grid strays by less than this many source voxels."""
 
 ON_VOXEL_TOLERANCE = 1e-4
-"""A position this close to a voxel centre, in voxels, is that voxel: no interpolation, exact values."""
+"""A position this close to a voxel center, in voxels, is that voxel: no interpolation, exact values."""
 
 BLOCK_VOXELS = 2**22
 """Voxels of the result that the general path computes at once."""
@@ -49,11 +49,11 @@ class AxisPositions:
 
     @property
     def on_voxels(self) -> bool:
-        """Whether every position is a voxel centre."""
+        """Whether every position is a voxel center."""
         return bool(np.abs(self.positions - np.round(self.positions)).max() < ON_VOXEL_TOLERANCE)
 
     def inside(self, size: int) -> NDArray[np.bool_]:
-        """Return which positions lie in the field of view, which reaches half a voxel beyond the outer centres."""
+        """Return which positions lie in the field of view, which reaches half a voxel beyond the outer centers."""
         reach = 0.5 + PARALLEL_TOLERANCE
         return np.asarray((self.positions >= -reach) & (self.positions <= size - 1 + reach))
 

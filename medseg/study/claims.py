@@ -11,7 +11,8 @@ import platform
 import secrets
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Claims:
     def claim(self, study: str) -> bool:
         """Return whether the study is this process's own now; False where another one that is alive has it."""
         path = self._path(study)
-        if not (self._create(path) or (self._void(path) and self._create(path))):
+        if not (self._create(path) or self._take_over(path)):
             return False
         self.held.add(study)
         if self._thread is None:
@@ -72,25 +73,27 @@ class Claims:
         except OSError as error:
             raise OutputError(f"A study cannot be claimed: {error.strerror}.", path=self.folder) from error
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"token": self.token, "host": _host(), "pid": os.getpid(), "born": _born(os.getpid())}, file)
+            file.write(self._text())
         return True
 
-    def _void(self, path: Path) -> bool:
-        """Remove the claim of a process that is gone. Of several processes that try, one returns True."""
-        found = _read(path)
-        if not self._stale(path, found):
+    def _take_over(self, path: Path) -> bool:
+        """Put this process's claim in the place of that of a process that is gone; return whether that was so."""
+        if not self._stale(path, _read(path)):
             return False
-        aside = path.with_name(f"{path.name}.{self.token}")
-        try:
-            path.rename(aside)
-        except OSError:
-            return False
-        taken = _read(aside)
-        if taken.get("token") != found.get("token"):  # another process was faster, and this is its new claim
-            with suppress(OSError):
-                os.link(aside, path)
-        aside.unlink(missing_ok=True)
-        return taken.get("token") == found.get("token")
+        with _one_at_a_time(self.folder):
+            # Another process may have been faster, and this is its claim now.
+            if not self._stale(path, _read(path)):
+                return False
+            beside = path.with_name(f"{path.name}.{self.token}")
+            try:
+                beside.write_text(self._text(), encoding="utf-8")
+                beside.replace(path)  # there is a claim at every moment
+            except OSError:
+                return False
+        return True
+
+    def _text(self) -> str:
+        return json.dumps({"token": self.token, "host": _host(), "pid": os.getpid(), "born": _born(os.getpid())})
 
     def _stale(self, path: Path, claim: dict[str, Any]) -> bool:
         if claim.get("host") == _host():
@@ -119,6 +122,19 @@ class Claims:
             for study in [*self.held]:
                 with suppress(OSError):
                     os.utime(self._path(study))
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep others out of such a block for the same folder; where the system has no such lock, nothing waits."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # Windows; some network disks
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> dict[str, Any]:

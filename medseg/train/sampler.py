@@ -109,7 +109,7 @@ def _cut(array: NDArray[np.generic], start: NDArray[np.int_], stop: NDArray[np.i
 def _sampling_grid(
     matrix: NDArray[np.float64], center: NDArray[np.float64], patch: NDArray[np.int_], size: NDArray[np.int_]
 ) -> torch.Tensor:
-    # grid_sample counts each axis from -1 to 1 between the outer voxel centres, and names the last axis first.
+    # grid_sample counts each axis from -1 to 1 between the outer voxel centers, and names the last axis first.
     scale = 2 / (size - 1)
     offset = center * scale - 1
     rows = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in patch.tolist()]
