@@ -21,6 +21,7 @@ from medseg.cli_options import (
     Mirror,
     Probabilities,
     Reuse,
+    Step,
     Uncertainty,
 )
 from medseg.cli_show import (
@@ -148,10 +149,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     roi: Annotated[
         str | None, typer.Option(help="A box in mm of RAS+ world space: x,y,z,x,y,z. The rest stays 0.")
     ] = None,
-    step: Annotated[
-        float | None,
-        typer.Option(help="Distance between tiles, a share of the patch; by default what the model says."),
-    ] = None,
+    step: Step = None,
     mirror: Mirror = False,
     reuse: Reuse = True,
     device: Device = None,

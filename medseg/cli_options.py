@@ -22,3 +22,6 @@ ExpectedVolumes = Annotated[
 ]
 Mirror = Annotated[bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")]
 Reuse = Annotated[bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")]
+Step = Annotated[
+    float | None, typer.Option(help="Distance between tiles, a share of the patch; by default what the model says.")
+]
