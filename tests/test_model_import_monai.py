@@ -13,7 +13,7 @@ import torch
 from conftest import make_grid
 
 import medseg
-from medseg.errors import ModelError
+from medseg.errors import ModelError, UsageError
 from medseg.model.importing import import_model
 from medseg.model.segmenter import Model
 
@@ -168,6 +168,12 @@ def test_what_medseg_does_not_have_is_named(tmp_path, message):
     with pytest.raises(ModelError, match=message) as caught:
         import_model(tmp_path / "bundle", tmp_path / "model")
     assert caught.value.path is not None
+
+
+def test_folds_and_checkpoints_are_nnunets(tmp_path):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    with pytest.raises(UsageError, match="one set of weights"):
+        import_model(tmp_path / "bundle", tmp_path / "model", folds=[0])
 
 
 def test_weights_and_metadata_that_do_not_fit(tmp_path):

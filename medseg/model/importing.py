@@ -58,6 +58,8 @@ def import_model(
     with _opened(Path(source)) as opened:
         model = _chosen(opened, configuration)
         if is_bundle(model):
+            if folds is not None or checkpoint != "final":
+                raise UsageError("A bundle of MONAI has one set of weights: leave folds and checkpoint away.")
             imported = read_bundle(model, orientation=orientation)
         else:
             imported = read_nnunet(model, orientation=orientation, folds=folds, checkpoint=checkpoint)
