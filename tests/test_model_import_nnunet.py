@@ -16,6 +16,7 @@ import medseg
 from medseg.errors import GeometryError, ModelError, OutputError, UsageError
 from medseg.model import importing
 from medseg.model.importing import import_model
+from medseg.model.plan import Resampling
 from medseg.model.segmenter import Model
 from medseg.process.normalize import CTNormalization, Rescale, ZScore
 from medseg.volume import Grid, Volume
@@ -136,7 +137,7 @@ def test_what_nnunet_does_with_an_image_is_in_the_plan(tmp_path):
     assert plan.name == "Dataset007_Test 3d_fullres"
     assert (plan.crop_nonzero, plan.normalize_first, plan.orientation) == (True, True, "as_stored")
     assert plan.resampling is not None
-    assert plan.resampling.model_dump() == {"method": "resize", "order": 3, "separate": 3, "separate_scores": 3}
+    assert plan.resampling == Resampling(method="resize", order=3, separate=3, separate_scores=3)
     assert [(label.value, label.name) for label in plan.labels] == [(1, "left"), (2, "right")]
     card = (tmp_path / "model" / "MODEL_CARD.md").read_text()
     assert "nnU-Net v2, Dataset007_Test, nnUNetTrainer, nnUNetPlans, 3d_fullres" in card
