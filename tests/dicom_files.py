@@ -18,7 +18,16 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, generate_uid
 from pydicom.valuerep import DS
 
+from medseg.labels import Label, SnomedCode
 from medseg.volume import Grid, Volume
+
+TABLE = (
+    Label(value=1, name="Füße", color="#ff0000"),
+    Label(value=2, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney")),
+    Label(value=5, name="liver", color="#0a141e"),
+    Label(value=7, name="not there", color="#ffffff"),
+)
+"""Labels of which one has a code and one is in no map."""
 
 PATIENT = "Doe^Jane"
 FRAME = "1.2.826.0.1.3680043.8.498.7"

@@ -13,6 +13,7 @@ from conftest import make_grid
 from dicom_files import (
     SOURCES,
     STUDY,
+    TABLE,
     TILTED,
     errors_of_dciodvfy,
     judge,
@@ -30,15 +31,8 @@ from medseg.io.dicom_references import code_of
 from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg, write
 from medseg.io.dicom_series import choose, find_series
 from medseg.io.regions import Regions, regions_of, volume_of
-from medseg.labels import Label, SnomedCode, make_labels
+from medseg.labels import Label, make_labels
 from medseg.volume import Grid, Volume
-
-TABLE = (
-    Label(value=1, name="Füße", color="#ff0000"),
-    Label(value=2, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney")),
-    Label(value=5, name="liver", color="#0a141e"),
-    Label(value=7, name="not there", color="#ffffff"),
-)
 
 each_kind = pytest.mark.parametrize("kind", SOURCES)
 each_encoding = pytest.mark.parametrize("labelmap", [False, True], ids=["binary", "labelmap"])

@@ -10,22 +10,14 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import SOURCES, STUDY, errors_of_dciodvfy, judge, some_labels, write_series, write_source
+from dicom_files import SOURCES, STUDY, TABLE, errors_of_dciodvfy, judge, some_labels, write_series, write_source
 
 import medseg
 from medseg.errors import GeometryError, InputError, OutputError
 from medseg.io.dicom_series import choose, find_series
 from medseg.io.regions import regions_of
 from medseg.io.rtstruct import load_rtstruct, save_rtstruct, write
-from medseg.labels import Label, SnomedCode
 from medseg.volume import Grid, Volume
-
-TABLE = (
-    Label(value=1, name="Füße", color="#ff0000"),
-    Label(value=2, name="left kidney", color="#00ff7f", snomed=SnomedCode(value="64033007", meaning="Kidney")),
-    Label(value=5, name="liver", color="#0a141e"),
-    Label(value=7, name="not there", color="#ffffff"),
-)
 
 each_kind = pytest.mark.parametrize("kind", SOURCES)
 

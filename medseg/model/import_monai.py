@@ -17,9 +17,8 @@ from pydantic import BaseModel, ValidationError
 from medseg.errors import ModelError
 from medseg.labels import make_labels
 from medseg.model import monai_steps as steps
-from medseg.model.import_nnunet import Imported
+from medseg.model.imported import Imported, unsupported
 from medseg.model.monai_kinds import MonaiDynUNet, MonaiNetwork, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
-from medseg.model.nnunet_weights import unsupported
 from medseg.model.plan import Channel, Plan, Region
 from medseg.model.stored import first_problem
 from medseg.model.untrusted import checksum, read_checkpoint, read_json, read_yaml, weights_in

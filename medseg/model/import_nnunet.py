@@ -8,16 +8,15 @@ express is refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.model.nnunet_weights import renamed, turned, unsupported
+from medseg.model.imported import Imported, unsupported
+from medseg.model.nnunet_weights import renamed, turned
 from medseg.model.plan import Channel, Network, Plan, Region, Resampling
 from medseg.model.stored import first_problem
 from medseg.model.untrusted import checksum, read_checkpoint, read_json, weights_in
@@ -81,16 +80,6 @@ class _Configuration(BaseModel):
     resampling_fn_probabilities_kwargs: dict[str, Any]
     architecture: _Architecture
     previous_stage: str | None = None
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A foreign model in medseg's terms: its plan, the weights of each fold, and lines about it for the model card."""
-
-    plan: Plan
-    folds: dict[int, dict[str, Tensor]]
-    facts: tuple[str, ...]
-    previous: Imported | None = None
 
 
 def is_nnunet(folder: Path) -> bool:

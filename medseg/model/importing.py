@@ -17,7 +17,8 @@ from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
 from medseg.model.import_monai import INFERENCE, WEIGHTS, is_bundle, read_bundle
-from medseg.model.import_nnunet import POSTPROCESSING, Imported, is_nnunet, read_nnunet
+from medseg.model.import_nnunet import POSTPROCESSING, is_nnunet, read_nnunet
+from medseg.model.imported import Imported
 from medseg.model.networks import build_network
 from medseg.model.plan import Plan
 from medseg.model.untrusted import unpacked

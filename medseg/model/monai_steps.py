@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from medseg.model.nnunet_weights import unsupported
+from medseg.model.imported import unsupported
 from medseg.model.plan import Count, Length, Resampling, Share, Tiling, Triple
 from medseg.process.normalize import CTNormalization, NonzeroZScore, Normalization, ZScore
 

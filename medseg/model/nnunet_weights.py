@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from medseg.errors import ModelError
+from medseg.model.imported import unsupported
 from medseg.model.plan import Plan
 
 NAMES = (
@@ -53,8 +53,3 @@ def turned(weights: dict[str, Tensor], axes: Sequence[int]) -> dict[str, Tensor]
     biases = {name.replace(".weight", ".bias"): tensor for name, tensor in turned.items() if name.startswith("up.")}
     zeros = {name: tensor.new_zeros(tensor.shape[1]) for name, tensor in biases.items() if name not in turned}
     return turned | zeros
-
-
-def unsupported(what: str, name: str) -> ModelError:
-    """Return the error that refuses something by its name."""
-    return ModelError(f"The model has a {what} that medseg does not have: {name}.", reason="unsupported")

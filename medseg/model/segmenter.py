@@ -133,14 +133,15 @@ class Model:
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
         values, regions = np.array(self.plan.painted), bool(self.plan.regions)
-        labels = np.zeros(volume.grid.shape, np.min_scalar_type(int(values.max())))
+        values = values.astype(np.min_scalar_type(int(values.max())))
+        labels = np.zeros(volume.grid.shape, values.dtype)
         if soft is not None:
             soft.begin(volume.grid, self.plan.outputs, box, regions=regions, activated=bool(self.plan.activation))
         with report.stage("export"):
             nearest = nearest_scores(part.grid, self.plan)
             rows = self._activated(rows)
             for piece in pieces(rows, axis, prepared.grid, part.grid, regions=regions, nearest_axes=nearest):
-                labels[box][piece.index] = values.astype(labels.dtype)[piece.winners]
+                labels[box][piece.index] = values[piece.winners]
                 if soft is not None:
                     with report.stage("soft"):
                         soft.take(piece)

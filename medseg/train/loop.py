@@ -75,10 +75,8 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     settings_file = where / "train.json"
     with joined() as ranks:
         progress = progress if ranks.is_first else None
-        if ranks.is_first:
-            plan_dataset(dataset, where, start=start, progress=progress)
-        ranks.wait()
-        cases, plan = plan_dataset(dataset, where)
+        with ranks.first_alone():
+            cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
         settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
         settings = settings.model_copy(update={"folds": folds})
         model = train_model(
@@ -150,11 +148,9 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
             state = new_state(plan, settings, pick_device(device), start)
             files = _Files(where, fold, _recipe(plan, settings, limit, training), writes=ranks.is_first)
             files.resume(state)
-            report = _in_stage("prepare", progress)
-            if ranks.is_first:
-                prepare_cases(training, plan, where / "cache", progress=report)
-            ranks.wait()
-            sampler = Sampler(prepare_cases(training, plan, where / "cache"), plan, settings.seed, settings.foreground)
+            with ranks.first_alone():
+                prepared = prepare_cases(training, plan, where / "cache", progress=_in_stage("prepare", progress))
+            sampler = Sampler(prepared, plan, settings.seed, settings.foreground)
             _train(state, optimize(state, sampler, settings, limit, ranks), limit, files, progress)
             files.finish(state)
         ranks.wait()

@@ -31,6 +31,15 @@ class Ranks:
         if self.size > 1:
             distributed.barrier()
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process through the block before the others, which then find what it left on the disk."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
     def agreed(self, number: float) -> float:
         """Return the number that the first process gives, so that all decide alike."""
         if self.size == 1:
