@@ -48,7 +48,7 @@ class Ledger:
             for part in (folder, folder / ".claims", folder / ".work"):
                 part.mkdir(parents=True, exist_ok=True)
             (folder / "private").mkdir(mode=0o700, exist_ok=True)
-            return cls(folder, _key(folder / "private" / "key"))
+            return cls(folder, key_in(folder / "private" / "key"))
         except OSError as error:
             raise OutputError(
                 f"The output folder cannot be used: {error.strerror or 'its key is damaged'}. "
@@ -168,7 +168,7 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(path: Path) -> bytes:
+def key_in(path: Path) -> bytes:
     """Return the key in a file, which the first process to come makes."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
