@@ -140,7 +140,7 @@ class Remote(Hand):
     def close(self) -> None:
         """Take back what has not begun. What has will find its folder swept, and publish nothing."""
         self._cluster.let_go(self)
-        for future in self._futures.values():
+        for future in [*self._futures.values()]:  # cancelled ones leave it, in a thread of Dask's
             with suppress(Exception):
                 future.cancel()
 
@@ -240,8 +240,9 @@ def _warm(start: Start) -> _Warm:
 
 def _local_cluster(workers: int, threads: int | None) -> Any:
     import dask
+    from dask.system import CPU_COUNT
     from distributed import LocalCluster
-    from distributed.system import CPU_COUNT, MEMORY_LIMIT
+    from distributed.system import MEMORY_LIMIT
 
     with dask.config.set({f"distributed.worker.memory.{name}": value for name, value in MEMORY.items()}):
         return LocalCluster(
