@@ -30,7 +30,7 @@ from medseg.study.deidentify import deidentify
 from medseg.study.find import listed
 from medseg.study.ledger import Ledger, clear, emptied, sha256
 from medseg.study.pipeline import Pipeline
-from medseg.study.run import Job, ending, read_job, segment_job, versions, write_job
+from medseg.study.run import Job, ending, import_ahead, read_job, segment_job, versions, write_job
 
 if TYPE_CHECKING:
     from medseg.model.segmenter import Model
@@ -83,6 +83,7 @@ class Runner:
 
         self.start, self.send = start, send
         self.pipeline = Pipeline.model_validate(start.pipeline)
+        import_ahead(self.pipeline.outputs)
         self.ledger = Ledger.existing(start.out, deidentify=start.deidentify)
         model = find_model(self.pipeline.model)
         same = (self.ledger.check, model_digest(model)) == (start.check, start.manifest["model_sha256"])
@@ -197,6 +198,7 @@ class _Running:
         send({"stage": name, "study": self.task.study})
         began = time.perf_counter()
         _WARNINGS[threading.get_ident()] = self.warnings
+        warnings.simplefilter("always")  # threads that silence others at the same time can leave them silenced
         try:
             do()
         except Exception as error:  # noqa: BLE001 - one study never stops the rest
