@@ -1,8 +1,8 @@
 """SNOMED CT codes of structures that networks segment, by their usual names.
 
-Each code stands in the dictionary of DICOM's standard codes that pydicom carries, which a test compares. Names are those
-of TotalSegmentator and of public challenges; a structure that is not here, or whose code that dictionary does not have,
-has no code rather than a near one.
+Each code stands in the dictionary of DICOM's standard codes that pydicom carries, which a test compares. Names are
+those of TotalSegmentator and of public challenges; a structure that is not here, or whose code that dictionary does not
+have, has no code rather than a near one.
 """
 
 from __future__ import annotations
