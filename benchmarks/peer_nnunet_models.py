@@ -28,8 +28,6 @@ HEAD_NECK = {"background": 0, "brainstem": [1], "parotid glands": [3, 4], "mandi
 CASES = {"hippocampus": (52, 8), "head_neck_ct": (24, 4), "trunk_ct": (1, 1)}
 """How many scans train a model and how many test it; one scan does both."""
 LOW, CASCADE = "3d_lowres", "3d_cascade_fullres"
-ADAM = "nnUNetTrainerAdam1en3"
-"""A trainer of nnU-Net's that learns more in few steps than its usual one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class Kind:
     labels: dict[str, Any] = field(default_factory=lambda: HIPPOCAMPUS)
     regions_order: tuple[int, ...] = ()
     planner: str = "ExperimentPlanner"
-    trainer: str = "nnUNetTrainer"
+    adam: bool = False
+    """Whether Adam trains it, which learns more in few steps, and not SGD as usual."""
     spacing: tuple[float, float, float] = (1.1, 0.9, 0.9)
     patch: tuple[int, int, int] = (24, 40, 24)
     flat: bool = False
@@ -58,14 +57,14 @@ class Kind:
 
 
 KINDS = {
-    "ct": Kind(data="head_neck_ct", spacing=(4, 4, 4), patch=(32, 40, 40), labels=HEAD_NECK, trainer=ADAM),
+    "ct": Kind(data="head_neck_ct", spacing=(4, 4, 4), patch=(32, 40, 40), labels=HEAD_NECK, adam=True),
     "anisotropic": Kind(coarse_axis=2, spacing=(5, 0.9, 0.9), patch=(8, 48, 40), flat=True),
     "transposed": Kind(coarse_axis=0, spacing=(3.3, 0.9, 0.9), patch=(12, 40, 48), flat=True),
-    "residual": Kind(planner="nnUNetPlannerResEncM", trainer=ADAM),
+    "residual": Kind(planner="nnUNetPlannerResEncM", adam=True),
     "folds": Kind(folds=(0, 1)),
-    "regions": Kind(labels={"background": 0, "hippocampus": [1, 2], "posterior": 2}, regions_order=(1, 2)),
+    "regions": Kind(labels={"background": 0, "hippocampus": [1, 2], "posterior": 2}, regions_order=(1, 2), adam=True),
     "masked": Kind(masked=True, channels=2),
-    "cascade": Kind(cascade=True, folds=("all",), trainer=ADAM),
+    "cascade": Kind(cascade=True, folds=("all",), adam=True),
     "torch": Kind(planner="nnUNetPlanner_torchres"),
     "torch_separate": Kind(base="anisotropic", variant="torch_separate"),
     "unresampled": Kind(base="folds", variant="unresampled"),
@@ -109,7 +108,7 @@ def make(name: str, realdata: Path, work: Path, epochs: int) -> None:
     preprocess([1], identifier, ("3d_fullres", *((LOW,) if kind.cascade else ())), (1,) * (1 + kind.cascade))
     for configuration in (LOW, CASCADE) if kind.cascade else ("3d_fullres",):
         for fold in kind.folds:
-            _train(kind.trainer, identifier, configuration, fold, epochs)
+            _train(kind, identifier, configuration, fold, epochs)
     _keep(folder / "results" / "Dataset001_Kind", folder / "model", plans, dataset)
 
 
@@ -213,13 +212,21 @@ def _make_cascade(configurations: dict[str, Any]) -> None:
     configurations[CASCADE] = {"inherits_from": "3d_fullres", "previous_stage": LOW}
 
 
-def _train(name: str, identifier: str, configuration: str, fold: Any, epochs: int) -> None:
+def _train(kind: Kind, identifier: str, configuration: str, fold: Any, epochs: int) -> None:
     import torch  # noqa: PLC0415
     from nnunetv2.run.run_training import get_trainer_from_args  # noqa: PLC0415
+    from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import (  # noqa: PLC0415
+        nnUNetTrainerAdam,
+    )
 
     torch.manual_seed(5)
-    trainer = get_trainer_from_args("1", configuration, fold, name, identifier, device=torch.device("cpu"))
+    trainer = get_trainer_from_args("1", configuration, fold, "nnUNetTrainer", identifier, device=torch.device("cpu"))
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = epochs or 1, 50, 2
+    if kind.adam:
+        trainer.initial_lr, trainer.configure_optimizers = (
+            1e-3,
+            partial(nnUNetTrainerAdam.configure_optimizers, trainer),
+        )
     if epochs:
         trainer.run_training()
         if configuration == LOW:
