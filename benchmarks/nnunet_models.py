@@ -106,8 +106,8 @@ def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> di
         "error_logits": float(difference.max()),
         "error_logits_99th_percentile": float(np.quantile(difference, 0.99)),
         "error_logits_median": float(np.median(difference)),
-        "dice": _dice([(labels, theirs)]),
-        "dice_truth": _dice([(theirs, truth)]),
+        "dice": dice([(labels, theirs)]),
+        "dice_truth": dice([(theirs, truth)]),
         "pair": (labels, theirs),
         "voxels": wrong.size,
         "different": int(wrong.sum()),
@@ -115,7 +115,7 @@ def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> di
     }
 
 
-def _dice(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def dice(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Return the mean Dice of the labels that either side has, each over all scans together."""
     values = {int(value) for pair in pairs for part in pair for value in np.unique(part)} - {0}
     scores = []
@@ -130,7 +130,7 @@ def _labels(cases: list[dict[str, Any]]) -> dict[str, Any]:
     margins = np.concatenate([case["margins"] for case in cases])
     return {
         "scans": len(cases),
-        "dice": _dice([case["pair"] for case in cases]),
+        "dice": dice([case["pair"] for case in cases]),
         "dice_of_the_worst_scan": min(case["dice"] for case in cases),
         "dice_of_nnunet_with_the_truth": float(np.mean([case["dice_truth"] for case in cases])),
         "voxels": sum(case["voxels"] for case in cases),
