@@ -24,6 +24,7 @@ from dicom_files import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydicom.sr.codedict import codes
 
 import medseg
 from medseg.errors import GeometryError, InputError, OutputError, SeriesRefused, UsageError
@@ -136,6 +137,20 @@ def test_codes(source: Path) -> None:
     assert own.CodeValue != other.CodeValue
     assert len(own.CodeValue) == 16
     assert code_of(Label(value=9, name="LIVER", color="#000000"))[0] == other.CodeValue
+
+
+@each_encoding
+def test_known_names_carry_their_code_and_their_side(source: Path, labelmap: bool) -> None:
+    table = make_labels([(1, "kidney_left"), (2, "kidney_right"), (5, "liver")])
+    labels, path = some_labels(choose(source)[1], (1, 2, 5)), source.parent / "seg.dcm"
+    save_dicom_seg(labels, path, source=source, table=table, labelmap=labelmap)
+    kinds = [item.SegmentedPropertyTypeCodeSequence[0] for item in pydicom.dcmread(path).SegmentSequence][-3:]
+    assert [(kind.CodeValue, kind.CodeMeaning) for kind in kinds[1:]] == [("64033007", "Kidney"), ("10200004", "Liver")]
+    sides = [[one.CodeValue for one in kind.get("SegmentedPropertyTypeModifierCodeSequence", [])] for kind in kinds]
+    assert sides == [[codes.SCT.Left.value], [codes.SCT.Right.value], []]
+    assert [label.snomed for label in load_dicom_seg(path, source=source)[1]] == [label.snomed for label in table]
+    if not labelmap:  # which dciodvfy does not know
+        assert not errors_of_dciodvfy(path)
 
 
 @each_encoding

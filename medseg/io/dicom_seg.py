@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
 
 FRAME_TOLERANCE = 0.1
 """How far, in voxels, the corners of a frame may lie from voxels of the source."""
+
+SIDES: dict[Literal["left", "right"], tuple[str, str, str]] = {
+    "left": ("7771000", "SCT", "Left"),
+    "right": ("24028007", "SCT", "Right"),
+}
+"""Modifiers of a structure that lies on one side (CID 244)."""
 
 Places = dict[int, list[NDArray[np.intp]]]
 
@@ -201,7 +207,7 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
-    return SegmentDescription(
+    described = SegmentDescription(
         segment_number=number,
         segment_label=named(label.name),
         segmented_property_category=codes.SCT.AnatomicalStructure,
@@ -214,6 +220,10 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
         ),
         display_color=CIELabColor.from_string(label.color),
     )
+    if label.snomed is not None and label.snomed.laterality:
+        (kind,) = described.SegmentedPropertyTypeCodeSequence
+        kind.SegmentedPropertyTypeModifierCodeSequence = [CodedConcept(*SIDES[label.snomed.laterality])]
+    return described
 
 
 def _label(segment: Dataset) -> Label:
@@ -226,7 +236,13 @@ def _label(segment: Dataset) -> Label:
     (code,) = segment.get("SegmentedPropertyTypeCodeSequence") or [{}]
     snomed = None
     if code.get("CodingSchemeDesignator") == "SCT" and code.get("CodeValue"):
-        snomed = SnomedCode(value=str(code.CodeValue), meaning=str(code.get("CodeMeaning", "")))
+        modifiers = {str(one.get("CodeValue")) for one in code.get("SegmentedPropertyTypeModifierCodeSequence") or []}
+        sides = [side for side, (value, *_) in SIDES.items() if value in modifiers]
+        snomed = SnomedCode(
+            value=str(code.CodeValue),
+            meaning=str(code.get("CodeMeaning", "")),
+            laterality=sides[0] if len(sides) == 1 else None,
+        )
     return Label(value=number, name=str(segment.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
 
 

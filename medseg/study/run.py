@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,20 @@ WRITERS: dict[str, tuple[str, Writer]] = {
 
 DICOM_OUTPUTS = frozenset({"seg", "seg_labelmap", "rtstruct", "sr"})
 """Outputs that refer to the slices of the source."""
+
+
+def import_ahead(outputs: Sequence[str]) -> None:
+    """Import what the stages need, before they do so in several threads at once.
+
+    Two threads that meet in a circle of imports see modules half made, and what fails then looks like a bad header.
+    """
+    names = ["pydicom.pixels.utils", "pydicom.pixels.decoders.base"]
+    if DICOM_OUTPUTS & set(outputs):
+        names += ["highdicom.seg", "highdicom.sr"]
+    if "picture" in outputs:
+        names += ["matplotlib.backends.backend_agg", "matplotlib.patheffects"]
+    for name in names:
+        import_module(name)
 
 
 def read_job(job: Job, pipeline: Pipeline) -> None:
