@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from medseg.errors import ModelError
 from medseg.model.networks import build_network, memory_format, placed
@@ -19,6 +21,7 @@ from medseg.model.weights import begin_with
 from medseg.train.augment import change_intensities
 from medseg.train.checkpoint import TrainState
 from medseg.train.loss import deep_loss
+from medseg.train.muon import Muon
 from medseg.train.ranks import Ranks
 from medseg.train.sampler import Batch, Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -38,10 +41,16 @@ def new_state(
     if start is not None:
         begin_with(network, start)
     network = placed(network, device).train()
-    optimizer = torch.optim.AdamW(
+    return TrainState(network, copy.deepcopy(network), make_optimizer(network, settings))
+
+
+def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
+    """Return the optimizer of a recipe."""
+    if settings.optimizer == "muon":
+        return Muon(network, settings.learning_rate, settings.weight_decay)
+    return torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
     )
-    return TrainState(network, copy.deepcopy(network), optimizer)
 
 
 def optimize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,7 +46,8 @@ class Budget(BaseModel):
 class TrainSettings(Stored):
     """The recipe. Defaults are what the shipped models were trained with.
 
-    `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
+    `optimizer` is "muon", or "adamw", which takes a third of the learning rate. `learning_rate` is the highest, after a
+    linear rise over `warmup` of the budget; it falls by a cosine to 0.
     `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
     patches that are centered on a labelled voxel. `loss` is one of `train.loss`.
     """
@@ -54,7 +56,8 @@ class TrainSettings(Stored):
 
     batch: int = Field(default=2, ge=1)
     loss: LossName = "dice_ce"
-    learning_rate: float = Field(default=3e-3, gt=0)
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ema: float = Field(default=0.99, ge=0, lt=1)
