@@ -311,7 +311,7 @@ def _to_slices(plane: Affine, grid: Grid, heights: Heights) -> NDArray[np.float6
     to_index = np.linalg.solve(grid.affine, plane)[:3][:, [0, 1, 3]]
     if (heights == np.arange(len(heights))).all():
         return np.asarray(to_index)
-    to_index[2, 2] = slice_numbers(to_index[2, 2:], heights)[0]
+    to_index[2, 2] = slice_numbers(np.asarray(to_index[2, 2:], dtype=np.float64), heights)[0]
     if np.abs(to_index[2, :2]).max() > FRAME_TOLERANCE:
         to_index[2] = np.inf
     return np.asarray(to_index)

@@ -20,11 +20,12 @@ SAMPLES = 60_000
 
 SEED = 20
 BINS = 32
-COARSE, FINE = ((8, 4.0), (4, 2.0)), ((2, 1.0), (1, 0.0))
-"""Resolutions: by how much images are shrunk, and the deviation in mm of the Gaussian that smooths them before."""
+COARSE_MM, FINE_MM = (8.0, 4.0), (2.0, 1.0)
+"""Sizes of voxels, as far as the images have smaller ones, from coarse to fine."""
 
 MOST_INCONSISTENT_MM = 2.0
-"""Registering there and back may end so far from where it began; where images have nothing in common it is more."""
+"""Registering there and back may end so far from where it began, or half the longest side of a voxel where that is
+more; images that have nothing in common end farther away."""
 
 LEAST_OVERLAP = 0.5
 """The share of the smaller field of view that has to lie within the other afterwards."""
@@ -46,7 +47,7 @@ class Registration:
 
     def applied(self, moving: Volume) -> Volume:
         """Return the moving image in the space of the fixed one: the same voxels in another place."""
-        return Volume(moving.array, Grid(moving.grid.shape, np.linalg.inv(self.matrix) @ moving.grid.affine))
+        return Volume(moving.array, Grid(moving.grid.shape, _inverse(self.matrix) @ moving.grid.affine))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
@@ -68,18 +69,22 @@ def register_rigid(moving: Volume, fixed: Volume) -> Registration:
     """Return how a one-channel image lies in the space of another of the same patient. The same input, the same result.
 
     It starts from wherever the images agree best, of equal world spaces, equal centers and equal centers of mass, and
-    goes from coarse to fine resolution. Then it registers the other way round.
-    Raises GeometryError (`registration`) where both ways disagree by more than 2 mm, or too little overlaps.
+    goes from coarse to fine resolution. Then it registers the other way round; the result lies halfway between both,
+    where most of what interpolation adds to one way is gone.
+    Raises GeometryError (`registration`) where both ways disagree by more than 2 mm and half a voxel, or too little
+    overlaps.
     """
     images = _image(fixed), _image(moving)
     there, value = _registered(*images)
     back, _ = _registered(*reversed(images))
-    apart_mm = _apart_mm(there, np.linalg.inv(back), fixed.grid)
-    registration = Registration(there, -value, apart_mm, _overlap(there, fixed.grid, moving.grid))
-    if apart_mm > MOST_INCONSISTENT_MM or registration.overlap < LEAST_OVERLAP:
+    apart_mm = _apart_mm(there, _inverse(back), fixed.grid)
+    matrix = _halfway(there, _inverse(back), fixed.grid)
+    registration = Registration(matrix, -value, apart_mm, _overlap(matrix, fixed.grid, moving.grid))
+    allowed_mm = max(MOST_INCONSISTENT_MM, max(*fixed.grid.spacing_mm, *moving.grid.spacing_mm) / 2)
+    if apart_mm > allowed_mm or registration.overlap < LEAST_OVERLAP:
         raise GeometryError(
             f"A channel could not be registered to the first: there and back ends {apart_mm:.1f} mm from the start "
-            f"({MOST_INCONSISTENT_MM:g} mm are allowed), and {registration.overlap:.0%} of the smaller image overlap "
+            f"({allowed_mm:.1f} mm are allowed), and {registration.overlap:.0%} of the smaller image overlap "
             f"({LEAST_OVERLAP:.0%} are needed). Register it yourself, or choose other series.",
             reason="registration",
         )
@@ -102,19 +107,16 @@ def _image(volume: Volume) -> SimpleITK.Image:
 
 def _registered(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> tuple[Affine, float]:
     """Return the matrix from the fixed to the moving image, and the metric: less is better."""
-    import SimpleITK as sitk  # noqa: N813
-
-    coarse = [_optimized(fixed, moving, start, COARSE) for start in _starts(fixed, moving)]
+    coarse = [_optimized(fixed, moving, start, COARSE_MM) for start in _starts(fixed, moving)]
     transform, _ = min(coarse, key=lambda one: one[1])
-    transform, value = _optimized(fixed, moving, transform, FINE)
-    euler = sitk.Euler3DTransform(transform)
+    transform, value = _optimized(fixed, moving, transform, FINE_MM)
     matrix = np.eye(4)
-    matrix[:3, :3] = np.reshape(euler.GetMatrix(), (3, 3))
-    matrix[:3, 3] = euler.TransformPoint((0.0, 0.0, 0.0))
+    matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
+    matrix[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
     return matrix, value
 
 
-def _starts(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> list[SimpleITK.Transform]:
+def _starts(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> list[SimpleITK.Euler3DTransform]:
     import SimpleITK as sitk  # noqa: N813
 
     centered = sitk.CenteredTransformInitializerFilter
@@ -128,38 +130,60 @@ def _starts(fixed: SimpleITK.Image, moving: SimpleITK.Image) -> list[SimpleITK.T
 
 
 def _optimized(
-    fixed: SimpleITK.Image,
-    moving: SimpleITK.Image,
-    start: SimpleITK.Transform,
-    levels: tuple[tuple[int, float], ...],
-) -> tuple[SimpleITK.Transform, float]:
+    fixed: SimpleITK.Image, moving: SimpleITK.Image, start: SimpleITK.Euler3DTransform, levels_mm: tuple[float, ...]
+) -> tuple[SimpleITK.Euler3DTransform, float]:
+    """Return the transform that the metric is least for near `start`, and the metric."""
     import SimpleITK as sitk  # noqa: N813
 
-    method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)  # sums in one order
-    method.SetMetricAsMattesMutualInformation(BINS)
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    voxels = np.prod(fixed.GetSize())
-    method.SetMetricSamplingPercentagePerLevel([min(1.0, SAMPLES * shrink**3 / voxels) for shrink, _ in levels], SEED)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetShrinkFactorsPerLevel([shrink for shrink, _ in levels])
-    method.SetSmoothingSigmasPerLevel([sigma for _, sigma in levels])
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0, minStep=0.005, numberOfIterations=150, relaxationFactor=0.6, gradientMagnitudeTolerance=1e-9
-    )
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetInitialTransform(start, inPlace=False)
-    try:
-        return method.Execute(fixed, moving), method.GetMetricValue()
-    except RuntimeError:  # all samples lie outside of the moving image
-        return start, np.inf
+    transform, value = sitk.Euler3DTransform(start), np.inf
+    for level_mm in levels_mm:
+        ends = _shrunk(fixed, level_mm), _shrunk(moving, level_mm)
+        method = sitk.ImageRegistrationMethod()
+        method.SetNumberOfThreads(1)  # sums in one order
+        method.SetMetricAsMattesMutualInformation(BINS)
+        method.SetMetricSamplingStrategy(method.RANDOM)
+        method.SetMetricSamplingPercentage(min(1.0, SAMPLES / float(np.prod(ends[0].GetSize()))), SEED)
+        method.SetInterpolator(sitk.sitkLinear)
+        method.SetOptimizerAsRegularStepGradientDescent(
+            learningRate=level_mm / 2, minStep=level_mm / 500, numberOfIterations=150, relaxationFactor=0.6,
+            gradientMagnitudeTolerance=1e-9,
+        )  # fmt: skip
+        method.SetOptimizerScalesFromPhysicalShift()
+        method.SetInitialTransform(transform, inPlace=True)
+        try:
+            method.Execute(*ends)
+        except RuntimeError:  # hardly a sample lies within the moving image
+            return transform, np.inf
+        value = method.GetMetricValue()
+    return transform, value
+
+
+def _shrunk(image: SimpleITK.Image, level_mm: float) -> SimpleITK.Image:
+    """Return the image with voxels of at most `level_mm`, where it has several in that; each is the mean of those."""
+    import SimpleITK as sitk  # noqa: N813
+
+    return sitk.BinShrink(image, [max(1, int(level_mm / length)) for length in image.GetSpacing()])
+
+
+def _inverse(matrix: Affine) -> Affine:
+    return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
 
 
 def _apart_mm(first: Affine, second: Affine, grid: Grid) -> float:
     corners = grid.to_world(_corners(grid))
     difference = corners @ (first - second)[:3, :3].T + (first - second)[:3, 3]
     return float(np.linalg.norm(difference, axis=1).max())
+
+
+def _halfway(first: Affine, second: Affine, grid: Grid) -> Affine:
+    """Return the rigid matrix between two that differ little, which takes the center of the grid halfway."""
+    mean = (first + second) / 2
+    left, _, right = np.linalg.svd(mean[:3, :3])
+    center = grid.to_world((np.asarray(grid.shape) - 1) / 2)
+    matrix: Affine = np.eye(4)
+    matrix[:3, :3] = left @ right
+    matrix[:3, 3] = mean[:3, :3] @ center + mean[:3, 3] - matrix[:3, :3] @ center
+    return matrix
 
 
 def _overlap(matrix: Affine, fixed: Grid, moving: Grid) -> float:
@@ -171,7 +195,7 @@ def _overlap(matrix: Affine, fixed: Grid, moving: Grid) -> float:
         inside = (index > -0.5) & (index < np.asarray(within.shape) - 0.5)
         return float(inside.all(axis=1).mean())
 
-    return max(share(fixed, moving, matrix), share(moving, fixed, np.linalg.inv(matrix)))
+    return max(share(fixed, moving, matrix), share(moving, fixed, _inverse(matrix)))
 
 
 def _corners(grid: Grid) -> NDArray[np.float64]:

@@ -104,7 +104,8 @@ def _made(entry: Entry, rules: DatasetRules, folder: DatasetFolder) -> tuple[_Ma
             _make(made, _only(read_studies(files)), rules)
             told = [str(one.message) for one in caught if "medseg" in one.filename]
     except Exception as error:  # noqa: BLE001 - one study never stops the rest
-        outcome = replace(outcome, **ending(error))
+        end = ending(error)
+        outcome = replace(outcome, status=end["status"], reason=end["reason"], text=end["text"])
     return made, replace(
         outcome,
         structures=made.structures if outcome.status == "taken" else (),
