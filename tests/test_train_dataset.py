@@ -8,6 +8,7 @@ from datasets import make_balls
 
 from medseg.errors import DatasetError
 from medseg.train.dataset import Dataset, read_dataset
+from medseg.train.dataset_json import Meaning
 from medseg.train.fingerprint import fingerprint
 
 
@@ -125,7 +126,7 @@ def test_folds_are_scikit_learns_shuffled_ones(tmp_path):
 
 @pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 12)])
 def test_a_fold_that_cannot_be_is_refused(tmp_path, fold, folds):
-    dataset = Dataset("x", ("MR",), (), tuple(read_dataset(make_balls(tmp_path / "b", 6, (4, 4, 4)))))
+    dataset = Dataset("x", ("MR",), Meaning(()), tuple(read_dataset(make_balls(tmp_path / "b", 6, (4, 4, 4)))))
     with pytest.raises(DatasetError, match=rf"Fold {fold} of {folds} cannot be made from 6 cases"):
         dataset.fold(fold, folds)
 
@@ -134,9 +135,7 @@ def test_every_missing_file_is_listed(tmp_path):
     folder = make_balls(tmp_path / "balls", cases=3, shape=(4, 4, 4))
     (folder / "images/case_0.nii.gz").unlink()
     (folder / "images/case_2.nii.gz").unlink()
-    with pytest.raises(
-        DatasetError, match=r"2 problem\(s\): case_0: channel 0 is missing; case_2: channel 0 is missing"
-    ):
+    with pytest.raises(DatasetError, match=r"2 problem\(s\):\ncase_0: image is missing\ncase_2: image is missing"):
         read_dataset(folder)
 
 
@@ -148,11 +147,20 @@ def test_every_missing_file_is_listed(tmp_path):
         ({"channel_names": {"0": "CT"}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"background": 0}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "a value of its own above 0"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": "b"}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": []}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}}, "regions_class_order must give for each"),
         (
-            {"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}},
-            "regions and ignore labels cannot be trained yet",
+            {"channel_names": {"0": "CT"}, "labels": {"a": [1, 2], "b": 2}, "regions_class_order": [2, 2]},
+            "regions_class_order must give",
         ),
-        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 2}}, "regions and ignore labels"),
+        (
+            {"channel_names": {"0": "CT"}, "labels": {"a": [1, 2], "b": 2}, "regions_class_order": [1, 3]},
+            "regions_class_order must give",
+        ),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 1}}, '"ignore" must have one value of its own'),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": [2, 3]}}, '"ignore" must have one value'),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 0}}, '"ignore" must have one value'),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1}}, "there is no labelled image"),
     ],
 )
