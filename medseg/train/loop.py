@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from medseg.model.segmenter import Model, pick_device
 from medseg.model.weights import find_model
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
-from medseg.train.dataset import Case, Dataset, read_dataset
+from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
 from medseg.train.fingerprint import Fingerprint, fingerprint
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
 from medseg.train.optimize import new_state, optimize
@@ -22,7 +23,7 @@ from medseg.train.ranks import joined
 from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
-from medseg.train.validate import cross_validate, is_newer, score_fold, validate_fold
+from medseg.train.validate import cross_validate, is_newer, is_scored, score_fold, validate_fold
 from medseg.train.watch import PROBE_CASES, Probe, Watch
 
 
@@ -56,14 +57,10 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
             cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
         settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
         settings = settings.model_copy(update={"folds": folds})
-        options = {"budget": budget, "settings": settings, "start": start, "device": device, "tensorboard": tensorboard}
+        train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
         for one in range(folds) if fold is None else (fold,):
-            model = train_model(cases, plan, where, fold=one, progress=progress, **options)
-            if (
-                ranks.size == 1
-                and fold is None
-                and not is_newer(where / f"fold_{one}.scores.json", where / f"fold_{one}.safetensors")
-            ):
+            model = train(fold=one, tensorboard=tensorboard, progress=progress)
+            if fold is None and ranks.size == 1 and not is_scored(where, one):
                 score_fold(model, cases, where, one, progress)
         if not ranks.is_first:
             return Scores(())
@@ -81,14 +78,14 @@ def plan_dataset(
 ) -> tuple[Dataset, Plan]:
     """Return a dataset and the plan of a model folder, which is made, with fingerprint.json, where it is not there.
 
-    All cases are read and checked unless fingerprint.json is there and knows just these.
+    All cases are read and checked, unless fingerprint.json knows just these and none of their files is newer.
     With `start` it is the plan of that model with the labels of the dataset.
     Raises what `read_dataset`, `fingerprint` and `plan_from` raise.
     """
     where = Path(folder)
     checked = where / "fingerprint.json"
     cases = read_dataset(dataset, check_files=False)
-    if not checked.is_file() or [one.name for one in Fingerprint.load(checked).cases] != [one.name for one in cases]:
+    if not _is_checked(cases, checked):
         facts = fingerprint(cases, progress=_in_stage("look", progress))
         _make_folder(where)
         facts.save(checked)
@@ -96,6 +93,14 @@ def plan_dataset(
         plan = make_plan(Fingerprint.load(checked)) if start is None else plan_from(start, cases)
         plan.save(where / "plan.json")
     return cases, Plan.load(where / "plan.json")
+
+
+def _is_checked(cases: Dataset, checked: Path) -> bool:
+    if not checked.is_file() or any(missing_files(case) for case in cases):
+        return False
+    if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
+        return False
+    return all(is_newer(checked, file) for case in cases for _, file in case.files)
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def validate_fold(
     """Return the scores on the cases that a fold kept aside; write what they are, and MODEL_CARD.md if it is new.
 
     The folder gets fold_N.scores.json and fold_N.scores.csv, the label maps in validation/fold_N and, with matplotlib,
-    pictures of the worst, the middle and the best case beside them. A case that cannot be segmented has failed.
+    pictures of the worst and the middle case beside them. A case that cannot be segmented has failed.
     Raises ModelError where the folder has no recipe, and what reading a reference raises.
     """
     scores = score_fold(model, dataset, Path(folder), fold, progress)
@@ -86,7 +86,7 @@ def cross_validate(
             reason="fold",
         )
     for fold in range(folds):
-        if not is_newer(where / f"fold_{fold}.scores.json", where / f"fold_{fold}.safetensors"):
+        if not is_scored(where, fold):
             score_fold(Model.load(where, device=device, folds=(fold,)), dataset, where, fold, progress)
     plan = Plan.load(where / "plan.json")
     cases = [(case, _prediction(where, fold, case)) for fold in range(folds) for case in dataset.fold(fold, folds)[1]]
@@ -102,6 +102,11 @@ def cross_validate(
     _write(scores, where, "scores", {"folds": folds, "postprocessing": tried})
     write_card(where, plan, dataset.name, len(dataset))
     return scores
+
+
+def is_scored(where: Path, fold: int) -> bool:
+    """Return whether the scores of a fold are there and of the weights that are there."""
+    return is_newer(where / f"fold_{fold}.scores.json", where / f"fold_{fold}.safetensors")
 
 
 def load_prediction(file: Path, reference: Volume) -> tuple[Volume, str | None]:
@@ -154,11 +159,10 @@ def _write(scores: Scores, where: Path, stem: str, more: dict[str, Any]) -> None
 
 
 def _draw_examples(scores: Scores, cases: Sequence[Case], where: Path, fold: int, plan: Plan) -> None:
-    """Draw the worst, the middle and the best case by mean Dice: what was found, and the reference."""
+    """Draw the worst and the middle case by mean Dice: what was found, and the reference."""
     dice = {case.name: Scores((case,)).mean["dice"] for case in scores.cases if case.failure is None}
     order = sorted((case for case in cases if dice.get(case.name, np.nan) >= 0), key=lambda case: dice[case.name])
-    chosen = {"worst": 0, "middle": len(order) // 2, "best": len(order) - 1} if order else {}
-    draw: Callable[..., None] = draw_overlay
+    chosen = {"worst": 0, "middle": len(order) // 2} if order else {}
     for name, place in chosen.items():
         case, stem = order[place], where / "validation" / f"fold_{fold}.{name}"
         image, reference = load(case.images[0]), load(case.label)
@@ -166,6 +170,6 @@ def _draw_examples(scores: Scores, cases: Sequence[Case], where: Path, fold: int
         for labels, kind in ((found, "found"), (reference, "reference")):
             title = f"{case.name}: {kind}, Dice {dice[case.name]:.3f}"
             try:
-                draw(image, labels, plan.labels, stem.with_name(f"{stem.name}.{kind}.png"), title=title)
+                draw_overlay(image, labels, plan.labels, stem.with_name(f"{stem.name}.{kind}.png"), title=title)
             except UsageError:
                 return  # without matplotlib there are no pictures

@@ -64,7 +64,7 @@ class Probe:
 
     def __init__(self, cases: Sequence[Prepared], plan: Plan, settings: TrainSettings):
         self.plan, self.settings, self.pace = plan, settings, Paced()
-        self._patches = [_patch(cases[n % len(cases)], plan, n // len(cases)) for n in range(PROBE_PATCHES)]
+        self._patches = [_patch(cases[n % len(cases)], plan, n) for n in range(PROBE_PATCHES)]
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Return the loss, and the Dice of each label over all patches in which it was drawn and there or found."""
