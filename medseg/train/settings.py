@@ -53,13 +53,14 @@ class TrainSettings(Stored):
 
     `learning_rate` is the highest of Muon, after a linear rise over `warmup` of the budget; it falls by a cosine to 0.
     `schedule` may also be "one_cycle" (with momentum running against it) or "poly" (falling from the start), and
-    `optimizer` "adamw" (a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up the gradients of `accumulate` batches. `dropout` is
-    the share of feature maps that are left out at random. `checkpointing` computes stages again in the backward pass
-    instead of keeping them. `precision` is that of convolutions, by default half on CUDA and float32 elsewhere.
-    `compile` runs the network through torch.compile. With `early_stop` a training ends when for that share of its
-    budget the validation patches have not been better: never by default, as the learning rate is small only at the end.
-    `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
-    patches that are centered on a labelled voxel. `loss` is one of `train.loss`.
+    `optimizer` "adamw" (which takes a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
+    the gradients of `accumulate` batches. `dropout` is the share of feature maps that are left out at random.
+    `checkpointing` computes stages again in the backward pass instead of keeping them. `precision` is that of
+    convolutions, by default half on CUDA and float32 elsewhere. `compile` runs the network through torch.compile. With
+    `early_stop` a training ends when for that share of its budget the validation patches have not been better: never by
+    default, as the learning rate is small only at the end. `ema` is the decay of the running mean of the weights, which
+    is what a model keeps. `foreground` is the share of patches that are centered on a labelled voxel. `loss` is one of
+    `train.loss`.
     """
 
     what = "recipe in train.json"
