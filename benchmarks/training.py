@@ -83,7 +83,7 @@ def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
     measured = _measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
     scores = json.loads((folder / f"fold_{run.fold}.scores.json").read_text(encoding="utf-8"))
     cases = {
-        case["name"]: {label["name"]: label["dice"] for label in case["labels"] if label["dice"] is not None}
+        case["case"]: {label["name"]: label["dice"] for label in case["labels"] if label["dice"] is not None}
         for case in scores["cases"]
     }
     history = (folder / f"fold_{run.fold}.history.csv").read_text(encoding="utf-8").splitlines()

@@ -19,12 +19,16 @@ Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Channel(BaseModel):
-    """One input image: its name ("T1", "CT") and how its intensities are normalized."""
+    """One input image: its name ("T1", "CT") and how its intensities are normalized.
+
+    With `bias_correction` the field of the coils is taken out before anything else (`process.bias`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     normalization: Normalization
+    bias_correction: Literal["n4"] | None = None
 
 
 class Network(BaseModel):

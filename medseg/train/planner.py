@@ -13,6 +13,7 @@ import numpy as np
 from medseg.labels import Label
 from medseg.model.plan import Channel, Network, Plan, Triple
 from medseg.process.normalize import CTNormalization, ZScore
+from medseg.train.dataset_json import members_of
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
 
 ANISOTROPY = 3.0
@@ -45,6 +46,7 @@ def make_plan(fingerprint: Fingerprint) -> Plan:
             for name, numbers in zip(fingerprint.channels, fingerprint.intensities, strict=True)
         ),
         labels=fingerprint.labels,
+        regions=fingerprint.regions,
         spacing_mm=spacing,
         patch=patch,
         mirror_axes=mirror_axes(fingerprint.labels),
@@ -75,7 +77,7 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
             "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest",
         ),
         "channels": (
-            ", ".join(f"{channel.name}: {channel.normalization.kind}" for channel in plan.channels),
+            ", ".join(_treatment(channel) for channel in plan.channels),
             f"rule: CT by the numbers of the dataset, others by their own; {100 * nonzero:.0f} % of an image is not 0",
         ),
         "mirror_axes": (_joined(plan.mirror_axes) or "none", "empirical: left-right, unless a label has a side"),
@@ -89,9 +91,15 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
     ]
 
 
+def _treatment(channel: Channel) -> str:
+    steps = [*([channel.bias_correction] if channel.bias_correction else []), channel.normalization.kind]
+    return f"{channel.name}: {', '.join(steps)}"
+
+
 def _rarest(fingerprint: Fingerprint) -> str:
+    members = members_of(fingerprint.labels, fingerprint.regions)
     cases = {
-        label.name: sum(case.label_voxels.get(label.value, 0) > 0 for case in fingerprint.cases)
+        label.name: sum(any(case.label_voxels.get(one) for one in members[label.value]) for case in fingerprint.cases)
         for label in fingerprint.labels
     }
     name = min(cases, key=lambda name: cases[name])
