@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import medseg
+from medseg.cli_data import dataset, report
 from medseg.cli_import import import_
 from medseg.cli_options import (
     AsJson,
@@ -244,6 +245,12 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
     show_paths: Annotated[
         bool, typer.Option("--show-paths", help="Show folders, which may be called after patients, beside the hashes.")
     ] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Run on Dask: tcp://host:port, or local for a cluster of --workers processes.")
+    ] = None,
+    deidentify: Annotated[
+        bool, typer.Option("--deidentify", help="Results for research: nothing in OUT says whose they are.")
+    ] = False,
     device: Device = None,
     runtime: Annotated[str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each network.", min=1)] = None,
@@ -257,15 +264,17 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         raise UsageError(f"A batch verifies quick or full, not {verify!r}.")
     options = Options(
         workers=workers, shard=_shard(shard), verify="full" if verify == "full" else "quick",
-        device=device, runtime=runtime, precision=precision, threads=threads,
+        device=device, runtime=runtime, precision=precision, threads=threads, deidentify=deidentify,
     )  # fmt: skip
     with batch_table(show_paths) as show:
-        outcomes = run_batch(pipeline, studies, target, options, progress=show)
+        outcomes = run_batch(pipeline, studies, target, options, scheduler=scheduler, progress=show)
     show_outcomes(outcomes, show_paths=show_paths, as_json=as_json)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
 
 
+app.command()(report)
+app.command()(dataset)
 app.command()(plan)
 app.command()(train)
 app.command()(evaluate)

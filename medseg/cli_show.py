@@ -18,8 +18,8 @@ from medseg.errors import MedsegError
 if TYPE_CHECKING:
     from medseg.report.measurements import Measurement
     from medseg.report.metrics import Scores
-    from medseg.study.batch import Outcome
     from medseg.study.batch import Progress as BatchProgress
+    from medseg.study.outcomes import Outcome
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -43,11 +43,12 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
             left = now.total - now.ended.total()
             remaining = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
             counts = "  ".join(f"{now.ended[status]} {status}" for status in ("done", "refused", "failed"))
-            table = Table(title=f"{now.total} studies: {counts}  {left} to do, {remaining} left", title_justify="left")
-            for column in ("process", "study", "stage", "seconds"):
+            title = f"{now.total} studies: {counts}  {left} to do, {remaining} left, {now.workers} workers"
+            table = Table(title=title, title_justify="left")
+            for column in ("worker", "study", "stage", "seconds"):
                 table.add_column(column)
-            for pid, study, path, stage, seconds in now.running:
-                table.add_row(str(pid), str(path) if show_paths else study, stage, f"{seconds:.0f}")
+            for name, study, path, stage, seconds in now.running:
+                table.add_row(name, str(path) if show_paths else study, stage, f"{seconds:.0f}")
             live.update(table)
 
         yield show

@@ -14,7 +14,7 @@ from medseg.cli_show import EXIT_FAILED, clock, err, print_json, print_table, pr
 if TYPE_CHECKING:
     from medseg.report.metrics import Scores
     from medseg.train.dataset_json import Meaning
-    from medseg.train.loop import TrainProgress
+    from medseg.train.run import TrainProgress
 
 
 def plan(

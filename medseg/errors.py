@@ -10,6 +10,7 @@
     ├── DatasetError            a training dataset with problems, all of them listed
     ├── ModelError              a model folder, plan or weights that cannot be used
     ├── OutputError             an output that cannot be written
+    ├── ClusterError            a cluster that cannot be reached, or is gone
     └── UsageError              an argument that makes no sense
 
 The text says what was expected, what came and what to do. It never names a file, since a file name can name a
@@ -85,6 +86,12 @@ class OutputError(MedsegError):
     """An output cannot be written."""
 
     default_reason = "output"
+
+
+class ClusterError(MedsegError):
+    """A cluster cannot be reached, or is gone."""
+
+    default_reason = "cluster"
 
 
 class UsageError(MedsegError):

@@ -11,6 +11,8 @@ from hypothesis import settings
 
 from medseg.volume import Grid, Volume
 
+pytest_plugins = ("leaks",)
+
 # A busy machine is no bug: examples may take as long as they like.
 settings.register_profile("medseg", deadline=None)
 settings.load_profile("medseg")

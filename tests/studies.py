@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import yaml
-from dicom_files import write_series
+from dicom_files import PATIENT, write_series
 from models import tiny_model, tiny_plan
 
 from medseg.model.plan import Channel
 from medseg.model.weights import save_weights
 from medseg.process.normalize import ZScore
 
-NAME = "Doe^Jane"
+ROOT = Path(__file__).parents[1]
+
+SECRETS = (PATIENT, "DOE", "ID000", "ACC000", "1.2.3.")
+"""What names and numbers of these studies look like."""
 
 
 def write_study(folder: Path, number: int, **tags: object) -> None:
@@ -56,3 +61,23 @@ def complete(out: Path) -> dict[str, str]:
             assert there == {"manifest.json", "labels.nii.gz", "measurements.json", "measurements.csv"}
         statuses[manifest["study"]] = manifest["status"]
     return statuses
+
+
+def batch_command(pipeline: Path, studies: Path, out: Path, *options: str) -> list[str]:
+    """Return the command that runs a batch, to be run in `environment()`."""
+    start = [sys.executable, "-m", "medseg", "batch", str(pipeline), str(studies), str(out)]
+    return [*start, "--runtime", "torch", "--threads", "1", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def assert_no_secret(out: Path, *texts: str) -> None:
+    """Check that nothing but the private folder leads back to a patient, a path or a UID."""
+    shown = [*texts]
+    for path in out.rglob("*"):
+        if path.is_file() and "private" not in path.parts:
+            shown.append(path.read_bytes().decode("latin-1"))
+        shown.append(str(path.relative_to(out)))
+    assert not [secret for secret in SECRETS for text in shown if secret in text]

@@ -217,8 +217,8 @@ def compare_labels(
         wrong, missed = int(joint[places].sum()) - common, int(joint[:, places].sum()) - common
         apart: tuple[float, float, float] = (math.nan, math.nan, math.nan)
         if tolerance_mm is not None and not left_out.any():
-            masks = (_mask(volume, joined[label.value]) for volume in (found, truth))
-            surface = compare_surfaces(*masks, reference.grid, tolerance_mm)
+            own, other = (_mask(volume, joined[label.value]) for volume in (found, truth))
+            surface = compare_surfaces(own, other, reference.grid, tolerance_mm)
             apart = (surface.dice, surface.hd95_mm, surface.mean_mm)
         scores.append(LabelScore(label.value, label.name, common, wrong, missed, reference.grid.voxel_mm3, *apart))
     return scores

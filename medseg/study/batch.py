@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from os import PathLike, cpu_count
+from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, Literal
 
 from medseg.errors import ModelError, OutputError, UnreadableFile, UsageError
-from medseg.io.files import written_whole
 from medseg.study.check import check_pipeline
 from medseg.study.claims import Claims
+from medseg.study.cluster import Cluster
 from medseg.study.cohort import Entry, find_cohort
+from medseg.study.deidentify import check_deidentified
+from medseg.study.engine import Engine, Event, Hand
 from medseg.study.ledger import Ledger, sha256, state
-from medseg.study.local import Event, Process
+from medseg.study.local import Local
+from medseg.study.outcomes import Outcome, write_summary
 from medseg.study.pipeline import Pipeline, load_pipeline
-from medseg.study.worker import Start, Task
+from medseg.study.worker import Start, Task, model_digest
 
 MOST_DEATHS = 2
 """After so many processes that died of a study it is marked, and the others go on."""
@@ -42,7 +42,9 @@ POLL_S, ELSEWHERE_S = 0.5, 2.0
 class Options:
     """How a batch runs. `verify` "full" hashes the input files, too, before a study is taken for done.
 
-    `shard` (i, n) runs the i-th of n parts. `threads` are those of each network; by default the cores are shared out.
+    `shard` (i, n) runs the i-th of n parts. `threads` are those of each network; by default the cores are shared out,
+    and on a cluster each worker takes those that it was started with. `deidentify` leaves out of the results whatever
+    says whose they are, see `study/deidentify.py`.
     """
 
     workers: int = 1
@@ -52,36 +54,21 @@ class Options:
     runtime: str | None = None
     precision: str | None = None
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a study ended: its keyed name, status, reason and text, the volumes in ml, whether an earlier run did it.
-
-    `path` is for who may see it: folders are often called after patients.
-    """
-
-    study: str
-    status: str
-    reason: str | None
-    text: str | None
-    seconds: float
-    volumes_ml: dict[str, float]
-    kept: bool
-    path: Path
+    deidentify: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a batch stands: how many studies there are, ended how, were kept, and what each process works on.
 
-    A row of `running` is process id, study, path, stage, seconds.
+    `workers` counts those that are ready. A row of `running` is the worker's name, study, path, stage, seconds.
     """
 
     total: int
     ended: Counter[str]
     kept: int
-    running: tuple[tuple[int, str, Path, str, float], ...]
+    workers: int
+    running: tuple[tuple[str, str, Path, str, float], ...]
 
 
 Show = Callable[[Progress], None]
@@ -93,34 +80,39 @@ def run_batch(
     out: str | PathLike[str],
     options: Options | None = None,
     *,
+    scheduler: Any = None,
     progress: Show | None = None,
 ) -> list[Outcome]:
     """Return how every study of a folder ended; its outputs and manifest are in a folder of `out` named by a hash.
 
     What an earlier run did, and still verifies, is kept; failed studies are tried again. Studies that another batch
     works on are waited for. A summary of all is written to `out`.
+    `scheduler` hands the work to Dask: the address of a scheduler, "local" for a cluster on this machine, or a cluster
+    object, such as one of dask-jobqueue; all machines see the folders under the same paths.
     Raises UsageError for a pipeline that cannot run, ModelError where the network cannot be loaded, OutputError where
-    `out` cannot be written; no single study raises.
+    `out` cannot be written, ClusterError where the scheduler is gone; no single study raises.
     """
     options = options or Options()
     if options.workers < 1:
         raise UsageError(f"A batch needs at least one worker; here it is {options.workers}.")
     chosen = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
     model = check_pipeline(chosen)
+    if options.deidentify:
+        check_deidentified(chosen)
     if Path(out).resolve().is_relative_to(Path(studies).resolve()):
         raise UsageError("The outputs would lie among the studies: give a folder outside of theirs.", path=out)
     entries = find_cohort(studies, options.shard)
     if not entries and options.shard is None:
         raise UnreadableFile("There is no DICOM file here.", path=studies, reason="no_dicom")
-    ledger = Ledger.open(out)
-    batch = _Batch(chosen, _model_digest(model), ledger, options, Path(studies), progress or (lambda _: None))
+    ledger = Ledger.open(out, deidentify=options.deidentify)
+    batch = _Batch(chosen, model_digest(model), ledger, options, Path(studies), progress or (lambda _: None), scheduler)
     ledger.remember((ledger.name(one.identity), one.uid, str(one.files[0].parent)) for one in entries)
     try:
         batch.run(entries)
     finally:
         batch.close()
     outcomes = [batch.outcomes[ledger.name(one.identity)] for one in entries]
-    _write_summary(ledger.out, options.shard, outcomes)
+    write_summary(ledger.out, options.shard, outcomes)
     return outcomes
 
 
@@ -132,6 +124,7 @@ class _Batch:
     options: Options
     root: Path
     show: Show
+    scheduler: Any = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     pending: deque[str] = field(default_factory=deque)
@@ -142,8 +135,8 @@ class _Batch:
     early_deaths: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     kept: int = 0
-    processes: list[Process] = field(default_factory=list)
-    events: SimpleQueue[Event] = field(default_factory=SimpleQueue)
+    hands: list[Hand] = field(default_factory=list)
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         self.claims = Claims(self.ledger.out / ".claims")
@@ -159,42 +152,46 @@ class _Batch:
             if self.elsewhere and not (self.pending or self.suspects or self._in_flight()):
                 time.sleep(ELSEWHERE_S)
                 self.pending, self.elsewhere = self.elsewhere, deque()
-            with suppress(Empty):
-                self._handle(self.events.get(timeout=POLL_S if self.processes else 0.01))
+            if self.engine is not None:
+                with suppress(Empty):
+                    self._handle(self.engine.events.get(timeout=POLL_S))
         self._report()
 
     def close(self) -> None:
-        """End the processes and give back what is claimed."""
-        for process in self.processes:
-            process.close()
+        """End the workers and give back what is claimed."""
+        for hand in self.hands:
+            hand.close()
+        if self.engine is not None:
+            self.engine.close()
         for study in self.entries:
             if study in self.claims.held:
                 self.ledger.sweep(study)
         self.claims.close()
 
     def _feed(self) -> None:
-        """Give studies to processes that wait for some; a suspect gets a process of its own."""
-        for process in self._ready_processes():
-            if process.alone:
+        """Give studies to workers that wait for some; a suspect gets a worker of its own."""
+        for hand in self._ready_hands():
+            if hand.alone:
                 continue
             if self.suspects:
-                if not process.in_flight:
-                    process.alone = True
-                    self._send(process, self.suspects.popleft())
+                if not hand.in_flight:
+                    hand.alone = True
+                    self._send(hand, self.suspects.popleft())
                 continue
-            while process.uncomputed < AHEAD and (study := self._next()) is not None:
-                self._send(process, study)
+            while hand.uncomputed < AHEAD and (study := self._next()) is not None:
+                self._send(hand, study)
 
-    def _ready_processes(self) -> list[Process]:
-        """Return the processes that have loaded their network; more are started while there is work for them."""
-        if not self.processes and not self.suspects and (study := self._next()) is not None:
+    def _ready_hands(self) -> list[Hand]:
+        """Return the workers that have loaded their network; more are hired while there is work for them."""
+        if not self.hands and not self.suspects and not self.claimed and (study := self._next()) is not None:
             self.claimed.append(study)  # so that no network is loaded where everything is done already
-        waiting = len(self.pending) + len(self.claimed) + len(self.suspects)
-        busy = len(self._in_flight())
-        if self.processes or self.claimed or self.suspects:
-            while len(self.processes) < min(self.options.workers, waiting + busy):
-                self.processes.append(Process(self._start(), self.events))
-        return [process for process in self.processes if process.ready]
+        if self.hands or self.claimed or self.suspects:
+            if self.engine is None:
+                start, workers = self._start(), self.options.workers
+                self.engine = Local(start, workers) if not self.scheduler else Cluster(self.scheduler, start, workers)
+            waiting = len(self.pending) + len(self.claimed) + len(self.suspects)
+            self.hands += self.engine.hire(self.hands, waiting + len(self._in_flight()))
+        return [hand for hand in self.hands if hand.ready]
 
     def _next(self) -> str | None:
         """Return the next study to run, which is claimed then; what verifies or is claimed elsewhere is passed over."""
@@ -214,12 +211,17 @@ class _Batch:
         return None
 
     def _kept(self, study: str) -> bool:
-        expected = {**self._identity(), "state": self._state(study)}
-        found = self.ledger.verified(study, expected)
+        found = self._verified(study)
+        if found is not None:
+            self._ended(study, found, kept=True)
+        return found is not None
+
+    def _verified(self, study: str) -> dict[str, Any] | None:
+        """Return the manifest of a study that is done or refused and true."""
+        found = self.ledger.verified(study, {**self._identity(), "state": self._state(study)})
         if found is None or (self.options.verify == "full" and not self._same_inputs(study, found)):
-            return False
-        self._ended(study, found, kept=True)
-        return True
+            return None
+        return found
 
     def _same_inputs(self, study: str, manifest: dict[str, Any]) -> bool:
         inputs = manifest.get("inputs")
@@ -229,7 +231,7 @@ class _Batch:
         if not set(inputs["used"]) <= files.keys():
             return False  # inside an archive
         try:
-            return sha256(*(files[name] for name in inputs["used"])) == str(inputs["sha256"])
+            return self.ledger.shown(sha256(*(files[name] for name in inputs["used"]))) == str(inputs["sha256"])
         except OSError:
             return False
 
@@ -238,6 +240,7 @@ class _Batch:
             "pipeline": self.pipeline.name,
             "pipeline_sha256": self.pipeline.digest,
             "model_sha256": self.model_digest,
+            "deidentified": self.options.deidentify,
         }
 
     def _files(self, study: str) -> dict[Path, str]:
@@ -251,52 +254,62 @@ class _Batch:
         return state([(name, path) for path, name in self._files(study).items()])
 
     def _start(self) -> Start:
-        threads = self.options.threads
-        if threads is None and self.options.workers > 1:
-            threads = max(1, (cpu_count() or 1) // self.options.workers)
+        model = Path(self.pipeline.model)  # a name, or a folder: whoever runs it may do so in another one
+        where = str(model.resolve()) if model.is_dir() else self.pipeline.model
         return Start(
-            pipeline=self.pipeline.model_dump(mode="json"),
+            pipeline=self.pipeline.model_dump(mode="json") | {"model": where},
+            studies=str(self.root.resolve()),
             out=str(self.ledger.out.resolve()),
-            key=self.ledger.key.hex(),
+            check=self.ledger.check,
             token=self.claims.token,
             manifest=self._identity(),
             device=self.options.device,
             runtime=self.options.runtime,
             precision=self.options.precision,
-            threads=threads,
+            threads=self.options.threads,
+            deidentify=self.options.deidentify,
         )
 
-    def _send(self, process: Process, study: str) -> None:
+    def _send(self, hand: Hand, study: str) -> None:
         files = {str(path.resolve()): name for path, name in self._files(study).items()}
-        process.send(Task(study, files, self._state(study)))
+        hand.send(Task(study, files, self._state(study)))
 
     def _handle(self, event: Event) -> None:
-        process, message = event
-        process.note(message)
-        if "fatal" in message:
-            raise ModelError(str(message["fatal"]["text"]), reason=str(message["fatal"]["reason"]))
-        if "gone" in message:
-            self._gone(process)
+        hand, message = event
+        if hand not in self.hands:
+            return  # taken for gone meanwhile
+        hand.note(message)
+        if "fatal" in message or "gone" in message:
+            self._gone(hand, message)
+        elif "lost" in message:  # another batch has it, and this one's claim was void: it was asleep
+            self.claims.release(str(message["lost"]))
+            self.elsewhere.append(str(message["lost"]))
         elif "done" in message:
             self.early_deaths = 0
-            process.alone = False
+            hand.alone = False
             self._ended(str(message["done"]), message["manifest"], kept=False)
 
-    def _gone(self, process: Process) -> None:
-        """Blame the studies that a dead process had; the next time each has a process of its own."""
-        self.processes.remove(process)
-        process.close()
-        if not process.ready:
-            self.early_deaths += 1
-            if self.early_deaths >= MOST_STARTS:
-                raise ModelError("The process that runs the network ended before it was loaded, several times.")
-        for study in process.in_flight:
-            self.ledger.sweep(study)
-            self.deaths[study] += 1
-            if self.deaths[study] < MOST_DEATHS:
-                self.suspects.append(study)
+    def _gone(self, hand: Hand, message: dict[str, Any]) -> None:
+        """Blame the studies that a dead worker had; the next time each has a worker of its own."""
+        self.hands.remove(hand)
+        hand.close()
+        fatal = message.get("fatal")
+        self.early_deaths += fatal is not None or not hand.ready
+        if self.early_deaths >= MOST_STARTS or (fatal is not None and not self.hands):
+            why = fatal or {"text": "The process that runs the network ended before it was loaded, several times."}
+            raise ModelError(str(why["text"]), reason=why.get("reason"))
+        for study in hand.in_flight:
+            if (found := self._verified(study)) is not None:  # it died between the end of its work and its last word
+                self._ended(study, found, kept=False)
                 continue
-            self._mark(study)
+            self.ledger.sweep(study)
+            self.deaths[study] += "blameless" not in message
+            if "blameless" in message:
+                self.claimed.append(study)
+            elif self.deaths[study] < MOST_DEATHS:
+                self.suspects.append(study)
+            else:
+                self._mark(study)
 
     def _mark(self, study: str) -> None:
         """Write down that a study kills who runs it."""
@@ -324,16 +337,17 @@ class _Batch:
             self.claims.release(study)
 
     def _in_flight(self) -> list[str]:
-        return [study for process in self.processes for study in process.in_flight]
+        return [study for hand in self.hands for study in hand.in_flight]
 
     def _report(self) -> None:
         now = time.monotonic()
         running = tuple(
-            (process.pid, study, self.entries[study].files[0].parent, stage, now - since)
-            for process in self.processes
-            for study, (stage, since) in process.in_flight.items()
+            (hand.name, study, self.entries[study].files[0].parent, stage, now - since)
+            for hand in self.hands
+            for study, (stage, since) in hand.in_flight.items()
         )
-        self.show(Progress(len(self.entries), self.ended.copy(), self.kept, running))
+        ready = sum(hand.ready for hand in self.hands)
+        self.show(Progress(len(self.entries), self.ended.copy(), self.kept, ready, running))
 
     def _sweep(self) -> None:
         """Remove what interrupted runs left of studies that nobody works on."""
@@ -341,22 +355,3 @@ class _Batch:
             if self.claims.claim(study):
                 self.ledger.sweep(study)
                 self.claims.release(study)
-
-
-def _model_digest(folder: Path) -> str:
-    files = [folder / "plan.json", *sorted(folder.glob("fold_*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
-
-
-def _write_summary(out: Path, shard: tuple[int, int] | None, outcomes: Sequence[Outcome]) -> None:
-    stem = "summary" if shard is None else f"summary_{shard[0]}_of_{shard[1]}"
-    rows = [{name: value for name, value in asdict(one).items() if name != "path"} for one in outcomes]
-    with written_whole(out / f"{stem}.json") as beside:
-        beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    labels = dict.fromkeys(name for one in outcomes for name in one.volumes_ml)
-    columns = ["study", "status", "reason", "text", "seconds", "kept", *(f"{name} ml" for name in labels)]
-    with written_whole(out / f"{stem}.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {f"{name} ml": volume for name, volume in row["volumes_ml"].items()})

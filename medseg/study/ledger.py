@@ -1,10 +1,12 @@
 """What a batch knows on disk: keyed names for studies, manifests that say what was made, outputs put in place whole.
 
     OUT/STUDY/manifest.json and outputs     a study that ended, renamed into place as one folder
-    OUT/private/key, studies.csv            what leads from keyed names back to studies; for its owner alone (0600)
+    OUT/private/key, studies.csv            what leads from keyed names back to studies; for its owner alone (0600).
+                                            Of outputs without identifiers it is OUT.private, beside OUT and not in it
     OUT/.claims, OUT/.work                  who works on what, and unfinished outputs; empty when nobody works
 
-The disk is the truth: a study is done when its manifest verifies, and not when a file exists.
+The disk is the truth: a study is done when its manifest verifies, and not when a file exists. A work folder is the
+right to publish, too: who takes a study over sweeps it first, and whoever still writes there can put nothing in place.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import OutputError
+from medseg.errors import OutputError, UsageError
 from medseg.io.files import written_whole
 
 FORMAT = 1
@@ -38,17 +40,29 @@ class Ledger:
     """The folder of a batch, and the key that turns names and UIDs into what may be shown."""
 
     out: Path
-    key: bytes
+    key: bytes = field(repr=False)
+    deidentify: bool = False
 
     @classmethod
-    def open(cls, out: str | PathLike[str]) -> Ledger:
-        """Return the ledger of a folder, which is made with a new key where it is none yet. Raises OutputError."""
+    def open(cls, out: str | PathLike[str], *, deidentify: bool = False) -> Ledger:
+        """Return the ledger of a folder, which is made with a new key where it is none yet.
+
+        Raises OutputError, and UsageError for a folder that was begun with identifiers and shall have none, or the
+        other way round.
+        """
         folder = Path(out)
+        private, other = (_private(folder, deidentify=which) for which in (deidentify, not deidentify))
+        if other.exists():
+            raise UsageError(
+                "The output folder was begun with the other choice for --deidentify. Use another one, or the same "
+                "choice: outputs with and without identifiers do not mix.",
+                path=folder,
+            )
         try:
             for part in (folder, folder / ".claims", folder / ".work"):
                 part.mkdir(parents=True, exist_ok=True)
-            (folder / "private").mkdir(mode=0o700, exist_ok=True)
-            return cls(folder, _key(folder / "private" / "key"))
+            private.mkdir(mode=0o700, exist_ok=True)
+            return cls(folder, key_in(private / "key"), deidentify)
         except OSError as error:
             raise OutputError(
                 f"The output folder cannot be used: {error.strerror or 'its key is damaged'}. "
@@ -56,13 +70,34 @@ class Ledger:
                 path=folder,
             ) from error
 
+    @classmethod
+    def existing(cls, out: str | PathLike[str], *, deidentify: bool = False) -> Ledger:
+        """Return the ledger of a folder that another process has opened. Raises OutputError where it is not there."""
+        path = _private(Path(out), deidentify=deidentify) / "key"
+        with _guarded(path):
+            return cls(Path(out), bytes.fromhex(path.read_text(encoding="ascii")), deidentify)
+
+    @property
+    def private(self) -> Path:
+        """Return the folder of what leads back to studies."""
+        return _private(self.out, deidentify=self.deidentify)
+
+    @property
+    def check(self) -> str:
+        """Return what tells whether two processes see one output folder."""
+        return self.name("check")
+
+    def shown(self, digest: str) -> str:
+        """Return a hash of inputs as a manifest shows it: keyed where not even who has them may recognize them."""
+        return hmac.new(self.key, digest.encode(), hashlib.sha256).hexdigest() if self.deidentify else digest
+
     def name(self, what: str) -> str:
         """Return a keyed hash of a UID or a path: the same for one output folder, and telling nothing."""
         return hmac.new(self.key, what.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
 
     def remember(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Add rows (keyed name, StudyInstanceUID, path) that are not there yet to the table that leads back."""
-        table = self.out / "private" / "studies.csv"
+        table = self.private / "studies.csv"
         known = {row[0] for row in csv.reader(_lines(table)) if row}
         with _guarded(table):
             handle = os.open(table, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -100,7 +135,9 @@ class Ledger:
                     work.rename(final)
                     break
                 except OSError:  # another process put its result there meanwhile: a complete one, but of before
-                    if not final.exists():
+                    if not (work.exists() and final.exists()):
+                        with suppress(OSError):
+                            work.with_name(f"{work.name}.old").rename(final)
                         raise
             _synced(self.out)
         shutil.rmtree(work.with_name(f"{work.name}.old"), ignore_errors=True)
@@ -133,9 +170,15 @@ class Ledger:
         return found if true else None
 
     def sweep(self, study: str) -> None:
-        """Remove what an interrupted run left of a study that is claimed by the caller."""
+        """Remove what an interrupted run left of a study that is claimed by the caller.
+
+        Renamed first: from then on, nobody who still writes there finds the folder again.
+        """
         for folder in (self.out / ".work").glob(f"{study}.*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            swept = folder.with_name(f"{study}.{secrets.token_hex(8)}")
+            with suppress(OSError):
+                folder.rename(swept)
+            shutil.rmtree(swept, ignore_errors=True)
 
 
 def emptied(folder: Path) -> Path:
@@ -144,6 +187,15 @@ def emptied(folder: Path) -> Path:
     with _guarded(folder):
         folder.mkdir(parents=True)
     return folder
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a folder. Raises FileNotFoundError where it is gone itself."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def state(files: Sequence[tuple[str, Path]]) -> str:
@@ -168,7 +220,12 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(path: Path) -> bytes:
+def _private(out: Path, *, deidentify: bool) -> Path:
+    whole = out.resolve()  # "." has no name
+    return whole.with_name(f"{whole.name}.private") if deidentify else out / "private"
+
+
+def key_in(path: Path) -> bytes:
     """Return the key in a file, which the first process to come makes."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:

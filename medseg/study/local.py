@@ -6,26 +6,43 @@ import json
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from os import cpu_count
 from queue import SimpleQueue
 from typing import Any
 
+from medseg.study.engine import Event, Hand
 from medseg.study.headers import package_environment
 from medseg.study.worker import Start, Task
 
 END_S = 10.0
 """How long a process may take to notice that its input has ended."""
 
-Event = tuple["Process", dict[str, Any]]
+
+class Local:
+    """The engine of one machine: so many processes, among which the cores are shared out."""
+
+    def __init__(self, start: Start, workers: int):
+        threads = start.threads
+        if threads is None and workers > 1:
+            threads = max(1, (cpu_count() or 1) // workers)
+        self._start = replace(start, threads=threads)
+        self._workers = workers
+        self.events: SimpleQueue[Event] = SimpleQueue()
+
+    def hire(self, hands: Sequence[Hand], wanted: int) -> list[Hand]:
+        """Return new processes."""
+        count = min(self._workers, wanted) - len(hands)
+        return [Process(self._start, self.events) for _ in range(count)]
+
+    def close(self) -> None:
+        """Do nothing: there are only the processes."""
 
 
-class Process:
-    """A worker process and the studies that it has: `in_flight` gives the stage of each, and since when.
-
-    Its messages go to `events`; the last one is {"gone": exit code}, however it ended.
-    """
+class Process(Hand):
+    """A worker process; its name is its process id."""
 
     def __init__(self, start: Start, events: SimpleQueue[Event]):
         threads = {} if start.threads is None else {"OMP_NUM_THREADS": str(start.threads)}
@@ -38,22 +55,14 @@ class Process:
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for who started it, who ends it
         )
-        self.pid = self._process.pid
-        self.ready = self.alone = False
-        self.in_flight: dict[str, tuple[str, float]] = {}
-        self._computed: set[str] = set()
+        super().__init__(str(self._process.pid))
         self._write({"start": asdict(start)})
         self._listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
         self._listener.start()
 
-    @property
-    def uncomputed(self) -> int:
-        """Return how many studies it has whose labels are not there yet."""
-        return len(self.in_flight.keys() - self._computed)
-
     def send(self, task: Task) -> None:
-        """Give the process a study. If it has just died, `events` will say so."""
-        self.in_flight[task.study] = ("wait", time.monotonic())
+        """Give the process a study."""
+        self.take(task.study)
         self._write({"study": asdict(task)})
 
     def close(self) -> None:
@@ -82,14 +91,4 @@ class Process:
         for line in self._process.stdout or ():
             with suppress(ValueError):  # cut off by its death
                 events.put((self, json.loads(line)))
-        events.put((self, {"gone": self._process.wait()}))
-
-    def note(self, message: dict[str, Any]) -> None:
-        """Take in a message of the process, in the thread that looks at its fields."""
-        self.ready = self.ready or "ready" in message
-        if "stage" in message:
-            self.in_flight[message["study"]] = (message["stage"], time.monotonic())
-        elif "computed" in message:
-            self._computed.add(message["computed"])
-        elif "done" in message:
-            self.in_flight.pop(message["done"], None)
+        events.put((self, {"gone": f"exit code {self._process.wait()}"}))

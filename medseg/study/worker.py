@@ -7,6 +7,7 @@ it is gone at once: whoever started it is gone, too, or wants no more.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,11 +24,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from medseg.errors import OutputError
 from medseg.study.archive import is_archive, opened
+from medseg.study.deidentify import deidentify
 from medseg.study.find import listed
-from medseg.study.ledger import Ledger, emptied, sha256
+from medseg.study.ledger import Ledger, clear, emptied, sha256
 from medseg.study.pipeline import Pipeline
-from medseg.study.run import Job, ending, read_job, segment_job, versions, write_job
+from medseg.study.run import Job, ending, import_ahead, read_job, segment_job, versions, write_job
 
 if TYPE_CHECKING:
     from medseg.model.segmenter import Model
@@ -38,17 +41,22 @@ PACKAGE = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True)
 class Start:
-    """What a worker needs to know once: the pipeline, the output folder with its key, how the network runs."""
+    """What a worker needs to know once: the pipeline, the folders, how the network runs.
+
+    The key of the output folder does not travel: each worker reads it there, and `check` tells whether it is the same.
+    """
 
     pipeline: dict[str, Any]
+    studies: str
     out: str
-    key: str
+    check: str
     token: str
     manifest: dict[str, Any]
     device: str | None = None
     runtime: str | None = None
     precision: str | None = None
     threads: int | None = None
+    deidentify: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,14 @@ class Task:
     """A study to run: its keyed name, its files with theirs, and the state that they had."""
 
     study: str
-    files: dict[str, str]
+    files: dict[str, str] = field(repr=False)
     state: str
+
+
+def model_digest(folder: Path) -> str:
+    """Return a SHA-256 of a model's plan and weights."""
+    files = [folder / "plan.json", *sorted(folder.glob("fold_*.safetensors"))]
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 class Runner:
@@ -65,12 +79,21 @@ class Runner:
 
     def __init__(self, start: Start, send: Send):
         from medseg.model.segmenter import Model
+        from medseg.model.weights import find_model
 
         self.start, self.send = start, send
         self.pipeline = Pipeline.model_validate(start.pipeline)
-        self.ledger = Ledger(Path(start.out), bytes.fromhex(start.key))
+        import_ahead(self.pipeline.outputs)
+        self.ledger = Ledger.existing(start.out, deidentify=start.deidentify)
+        model = find_model(self.pipeline.model)
+        same = (self.ledger.check, model_digest(model)) == (start.check, start.manifest["model_sha256"])
+        if not (same and Path(start.studies).exists()):
+            raise OutputError(
+                "A worker does not see the same output folder, model and studies as the batch. All machines of a batch "
+                "need the same disks under the same paths."
+            )
         self.model: Model = Model.load(
-            self.pipeline.model,
+            model,
             device=start.device,
             runtime=start.runtime,
             precision=start.precision,
@@ -87,20 +110,31 @@ class Runner:
         """Compute the labels, unless an error ended the task before."""
         running.stage("segment", self.send, lambda: segment_job(running.job, self.pipeline, self.model))
 
-    def finish(self, running: _Running) -> None:
-        """Write and publish the outputs, or what ended the task, and tell."""
-        table = self.model.plan.labels
-        running.stage("write", self.send, lambda: write_job(running.job, self.pipeline, table, running.work))
+    def finish(self, running: _Running) -> dict[str, Any]:
+        """Write and publish the outputs, or what ended the task, and return the message that says so.
+
+        A task whose folder is gone has been given to another worker, and nothing of it is published: {"lost": study}.
+        """
+        running.stage("write", self.send, lambda: self._write(running))
         try:
             manifest = self._publish(running)
         except Exception as error:  # noqa: BLE001 - a full disk, most likely: then the answer alone tells
+            if running.lost:
+                return {"lost": running.task.study}
             manifest = {**ending(error), "study": running.task.study}
         finally:
             running.close()
-        self.send({"done": running.task.study, "manifest": manifest})
+        return {"done": running.task.study, "manifest": manifest}
+
+    def _write(self, running: _Running) -> None:
+        write_job(running.job, self.pipeline, self.model.plan.labels, running.work)
+        if self.start.deidentify:
+            for path in running.work.glob("*.dcm"):
+                deidentify(path, running.task.study, self.ledger.key)
 
     def _read(self, running: _Running) -> None:
         emptied(running.work)
+        running.begun = True
         files = {Path(path): name for path, name in running.task.files.items()}
         first = next(iter(files))
         if is_archive(first):
@@ -116,8 +150,12 @@ class Runner:
     def _publish(self, running: _Running) -> dict[str, Any]:
         job, task = running.job, running.task
         result = {"status": "done", "reason": None, "text": None} if running.error is None else ending(running.error)
-        if running.error is not None:  # what was written before the error is no result
+        if not running.begun:
             emptied(running.work)
+        elif running.error is not None:  # what was written before the error is no result
+            clear(running.work)
+        if "inputs" in job.facts:
+            job.facts["inputs"]["sha256"] = self.ledger.shown(job.facts["inputs"]["sha256"])
         manifest = {
             **result,
             **self.start.manifest,
@@ -139,6 +177,7 @@ class _Running:
     task: Task
     work: Path
     job: Job = field(init=False)
+    begun: bool = False
     error: BaseException | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -147,17 +186,25 @@ class _Running:
     def __post_init__(self) -> None:
         self.job = Job(self.task.study, {})
 
+    @property
+    def lost(self) -> bool:
+        """Return whether the folder of a task was swept: its batch is over, or takes this worker for dead."""
+        return self.begun and not self.work.exists()
+
     def stage(self, name: str, send: Send, do: Callable[[], None]) -> None:
         """Run one stage, unless an error ended the task before; whatever it raises ends the task and nothing else."""
-        if self.error is not None:
+        if self.error is not None or self.lost:
             return
         send({"stage": name, "study": self.task.study})
         began = time.perf_counter()
         _WARNINGS[threading.get_ident()] = self.warnings
+        warnings.simplefilter("always")  # threads that silence others at the same time can leave them silenced
         try:
             do()
         except Exception as error:  # noqa: BLE001 - one study never stops the rest
             self.error = error
+        finally:
+            _WARNINGS.pop(threading.get_ident(), None)
         self.seconds[name] = time.perf_counter() - began
 
     def close(self) -> None:
@@ -171,10 +218,19 @@ _WARNINGS: dict[int, list[str]] = {}
 """Where the warnings of each thread go."""
 
 
-def _collect(message: Warning | str, category: type[Warning], filename: str, *_rest: object, **_more: object) -> None:
-    """Keep a warning of medseg for the manifest; those of others may quote a file, and are named by their class."""
-    ours = filename.startswith(PACKAGE)
-    _WARNINGS.get(threading.get_ident(), []).append(str(message) if ours else f"{category.__name__} of another package")
+def collect_warnings() -> None:
+    """Let the warnings that a study gives go to its manifest, and to nobody else, from now on."""
+    shown = warnings.showwarning
+
+    def collect(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        found = _WARNINGS.get(threading.get_ident())
+        if found is None:
+            shown(message, category, filename, *rest, **more)
+        else:  # those of others may quote a file, and are named by their class
+            found.append(str(message) if filename.startswith(PACKAGE) else f"{category.__name__} of another package")
+
+    warnings.showwarning = collect
+    warnings.simplefilter("always")
 
 
 def main() -> None:
@@ -188,8 +244,7 @@ def main() -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
-    warnings.showwarning = _collect
-    warnings.simplefilter("always")
+    collect_warnings()
     try:
         runner = Runner(Start(**json.loads(sys.stdin.readline())["start"]), send)
         send({"ready": os.getpid(), "runtime": runner.model.runtime.name})
@@ -208,12 +263,15 @@ def _serve(runner: Runner, send: Send) -> None:
                 tasks.put(reader.submit(runner.read, Task(**json.loads(line)["study"])))
             os._exit(0)
 
+        def finish(running: _Running) -> None:
+            send(runner.finish(running))
+
         threading.Thread(target=receive, daemon=True).start()
         while True:
             running = tasks.get().result()
             runner.segment(running)
             send({"computed": running.task.study})
-            writer.submit(runner.finish, running)
+            writer.submit(finish, running)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def optimize(
 def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks) -> float:
     seed_dropout(settings, state.step, ranks.rank)
     state.optimizer.zero_grad(set_to_none=True)
-    parts = zip(*(part.split(settings.batch) for part in batch), strict=True)
+    parts = zip(*(torch.split(part, settings.batch) for part in batch), strict=True)
     value = sum(_gradients(state, settings, Batch(*part)) for part in parts)
     if not math.isfinite(value):
         raise ModelError(
@@ -102,7 +102,7 @@ def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> floa
     device = next(state.network.parameters()).device
     images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), batch.seeds)
     with autocast(settings, device):
-        logits = state.forward(images)  # type: ignore[misc] - set when made
+        logits = (state.forward or state.network)(images)
     loss = deep_loss(settings.loss, logits, batch.target.to(device), batch.known.to(device)) / settings.accumulate
     torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
     return float(loss.detach())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from medseg.train.muon import Muon
 from medseg.train.settings import TrainSettings
 
 RISE, FIRST, LAST, MOMENTA = 0.3, 1 / 25, 1 / 250_000, (0.85, 0.95)
@@ -21,11 +22,14 @@ POWER = 0.9
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
-    """Return the optimizer of a recipe: AdamW, or gradient descent with Nesterov's momentum."""
-    how = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "foreach": True}
+    """Return the optimizer of a recipe: Muon, AdamW, or gradient descent with Nesterov's momentum."""
+    if settings.optimizer == "muon":
+        return Muon(network, settings.learning_rate, settings.weight_decay)
+    weights, rate, decay = network.parameters(), settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), momentum=settings.momentum, nesterov=settings.momentum > 0, **how)
-    return torch.optim.AdamW(network.parameters(), **how)
+        momentum = settings.momentum
+        return torch.optim.SGD(weights, rate, momentum, weight_decay=decay, nesterov=momentum > 0, foreach=True)
+    return torch.optim.AdamW(weights, rate, weight_decay=decay, foreach=True)
 
 
 def set_rates(optimizer: Optimizer, settings: TrainSettings, done: float) -> None:

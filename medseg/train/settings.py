@@ -51,28 +51,29 @@ class Budget(BaseModel):
 class TrainSettings(Stored):
     """The recipe. Defaults are what the shipped models were trained with.
 
-    `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
+    `learning_rate` is the highest of Muon, after a linear rise over `warmup` of the budget; it falls by a cosine to 0.
     `schedule` may also be "one_cycle" (with momentum running against it) or "poly" (falling from the start), and
-    `optimizer` "sgd", with Nesterov's `momentum`. A step sums up the gradients of `accumulate` batches. `dropout` is
-    the share of feature maps that are left out at random. `checkpointing` computes stages again in the backward pass
-    instead of keeping them. `precision` is that of convolutions, by default half on CUDA and float32 elsewhere.
-    `compile` runs the network through torch.compile. With `early_stop` a training ends when for that share of its
-    budget the validation patches have not been better: never by default, as the learning rate is small only at the end.
-    `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
-    patches that are centered on a labelled voxel. `loss` is one of `train.loss`.
+    `optimizer` "adamw" (which takes a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
+    the gradients of `accumulate` batches. `dropout` is the share of feature maps that are left out at random.
+    `checkpointing` computes stages again in the backward pass instead of keeping them. `precision` is that of
+    convolutions, by default half on CUDA and float32 elsewhere. `compile` runs the network through torch.compile. With
+    `early_stop` a training ends when for that share of its budget the validation patches have not been better: never by
+    default, as the learning rate is small only at the end. `ema` is the decay of the running mean of the weights, which
+    is what a model keeps. `foreground` is the share of patches that are centered on a labelled voxel. `loss` is one of
+    `train.loss`.
     """
 
     what = "recipe in train.json"
 
     batch: int = Field(default=2, ge=1)
     loss: LossName = "dice_ce"
-    learning_rate: float = Field(default=3e-3, gt=0)
+    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ema: float = Field(default=0.99, ge=0, lt=1)
     gradient_norm: float = Field(default=12.0, gt=0)
     foreground: float = Field(default=0.5, ge=0, le=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.99, ge=0, lt=1)
     schedule: Literal["cosine", "one_cycle", "poly"] = "cosine"
     accumulate: int = Field(default=1, ge=1)
