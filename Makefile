@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/medseg demo demo_out
 
 test: .venv/ready
-	$(BIN)/python -m pytest $(if $(REALDATA),--realdata=$(REALDATA))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(if $(REALDATA),--realdata=$(REALDATA))
 
 check: .venv/ready
 	$(BIN)/ruff check .

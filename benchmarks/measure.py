@@ -36,11 +36,17 @@ class Measurement:
 
 
 def measure(
-    command: Sequence[str], log: Path, limit_gb: float, cwd: Path, environment: Mapping[str, str]
+    command: Sequence[str],
+    log: Path,
+    limit_gb: float,
+    cwd: Path,
+    environment: Mapping[str, str],
+    interval_s: float = INTERVAL_S,
 ) -> Measurement:
     """Return the measurement of a command whose output goes to `log`; its processes end with it, or over the limit.
 
-    Memory is the sum of PSS (each shared page counted once) over every process of the command's session.
+    Memory is the sum of PSS (each shared page counted once) over every process of the command's session, looked at
+    every `interval_s`: commands of many minutes need fewer looks, each of which takes time from them.
     """
     cpu_before, began, status = _children_cpu(), time.perf_counter(), "done"
     with log.open("wb") as output:
@@ -54,7 +60,7 @@ def measure(
                 if memory.peak > limit_gb * 2**30 or _available() < SPARE_GB * 2**30:
                     status = f"over {min(memory.peak / 2**30, limit_gb):.1f} GB"
                     break
-                time.sleep(INTERVAL_S)
+                time.sleep(interval_s)
         finally:
             seconds = time.perf_counter() - began
             for pid in _members(process.pid):

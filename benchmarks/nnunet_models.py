@@ -20,11 +20,11 @@ from typing import Any
 import nibabel
 import numpy as np
 from measure import measure
-from peer_nnunet_models import KINDS
+from peer_nnunet_models import CASCADE, KINDS, LOW
 
 from medseg.io import load
 from medseg.model.importing import import_model
-from medseg.model.preprocess import nonzero_box, prepare
+from medseg.model.preprocess import nonzero_box, prepare, with_labels
 from medseg.model.segmenter import Model
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,8 @@ class Bench:
             self.run("make", kind, self.realdata, self.work, self.epochs)
         shutil.rmtree(folder / "medseg", ignore_errors=True)
         with warnings.catch_warnings(action="ignore"):
-            import_model(folder / "model", folder / "medseg")
+            configuration = CASCADE if KINDS[kind].cascade else None
+            import_model(folder / "model", folder / "medseg", configuration=configuration)
         return folder
 
 
@@ -89,6 +90,8 @@ def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> di
     image = load(tuple(channels) if len(channels) > 1 else channels[0])
     part = image.cropped(*nonzero_box(image))
     prepared = prepare(part, model.plan)
+    if model.previous:
+        prepared = with_labels(prepared, model.previous.segment(part, mirror=mirror), model.plan)
     axes = [0, *(1 + list(peer["transpose"]).index(2 - axis) for axis in range(3))]
     data, logits = peer["data"].transpose(axes), peer["logits"].transpose(axes)
     own = model.logits(prepared, mirror=mirror).numpy()
@@ -103,38 +106,44 @@ def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> di
         "error_logits": float(difference.max()),
         "error_logits_99th_percentile": float(np.quantile(difference, 0.99)),
         "error_logits_median": float(np.median(difference)),
-        "dice": _dice(labels, theirs),
-        "dice_truth": _dice(theirs, truth),
+        "dice": dice([(labels, theirs)]),
+        "dice_truth": dice([(theirs, truth)]),
+        "pair": (labels, theirs),
         "voxels": wrong.size,
         "different": int(wrong.sum()),
         "margins": (peer["margin"] / step)[wrong].tolist(),
     }
 
 
-def _dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the mean Dice of the labels that either has."""
-    scores = [
-        2 * float(((a == value) & (b == value)).sum()) / float((a == value).sum() + (b == value).sum())
-        for value in set(np.unique(a)) | set(np.unique(b))
-        if value
-    ]
+def dice(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the mean Dice of the labels that either side has, each over all scans together."""
+    values = {int(value) for pair in pairs for part in pair for value in np.unique(part)} - {0}
+    scores = []
+    for value in values:
+        masks = [(a == value, b == value) for a, b in pairs]
+        sizes = sum(int(a.sum()) + int(b.sum()) for a, b in masks)
+        scores.append(2 * sum(int((a & b).sum()) for a, b in masks) / sizes)
     return float(np.mean(scores)) if scores else 1.0
 
 
 def _labels(cases: list[dict[str, Any]]) -> dict[str, Any]:
     margins = np.concatenate([case["margins"] for case in cases])
     return {
-        "dice": min(case["dice"] for case in cases),
+        "scans": len(cases),
+        "dice": dice([case["pair"] for case in cases]),
+        "dice_of_the_worst_scan": min(case["dice"] for case in cases),
         "dice_of_nnunet_with_the_truth": float(np.mean([case["dice_truth"] for case in cases])),
         "voxels": sum(case["voxels"] for case in cases),
+        "foreground": sum(int((case["pair"][1] > 0).sum()) for case in cases),
         "different": sum(case["different"] for case in cases),
         "largest_margin_of_nnunet_there_in_float16_steps": float(margins.max(initial=0)),
+        "different_beyond_1_step": int((margins > 1).sum()),
         "different_beyond_4_steps": int((margins > 4).sum()),
     }
 
 
 def _side_by_side(bench: Bench, folder: Path, mirror: bool) -> dict[str, Any]:
-    """Return time and memory of both command lines over the test images, two threads each."""
+    """Return time and memory of both command lines over the first test image, two threads each."""
     single = folder / "single"
     shutil.rmtree(single, ignore_errors=True)
     (single / "in").mkdir(parents=True)
@@ -142,20 +151,41 @@ def _side_by_side(bench: Bench, folder: Path, mirror: bool) -> dict[str, Any]:
     files = sorted((folder / "images").glob(f"{first}_*.nii.gz"))
     for file in files:
         shutil.copy(file, single / "in")
-    program = str(bench.python.with_name("nnUNetv2_predict_from_modelfolder"))
-    model = folder / "model"
-    folds = [file.name.removeprefix("fold_") for file in sorted(model.glob("fold_*"))]
-    tta = [] if mirror else ["--disable_tta"]
-    nnunet = [program, "-i", str(single / "in"), "-o", str(single / "out"), "-m", str(model), "-f", *folds]
-    nnunet += ["-device", "cpu", "-npp", "1", "-nps", "1", *tta]
     own = [sys.executable, "-m", "medseg", "segment", str(folder / "medseg"), ",".join(map(str, files))]
     own += [str(single / "own.nii.gz"), "--device", "cpu", *(["--mirror"] if mirror else [])]
     found = {}
     environment = os.environ | {"OMP_NUM_THREADS": "2", "XDG_CACHE_HOME": str(single / "cache")}
-    for system, command in (("nnunet", nnunet), ("medseg_cold", own), ("medseg", own)):
-        measured = measure(command, single / "log.txt", 8, HERE.parent, environment)
-        found[system] = {"status": measured.status, "seconds": measured.seconds, "peak_gb": measured.peak_gb}
+    commands = {
+        "nnunet": _peer_commands(bench, folder / "model", single, mirror),
+        "medseg_cold": [own],
+        "medseg": [own],
+    }
+    for system, parts in commands.items():
+        load = os.getloadavg()[0]
+        measured = [measure(part, single / "log.txt", 8, HERE.parent, environment) for part in parts]
+        found[system] = {
+            "status": ", ".join(sorted({one.status for one in measured})),
+            "seconds": sum(one.seconds for one in measured),
+            "cpu_seconds": sum(one.cpu_seconds for one in measured),
+            "peak_gb": max(one.peak_gb for one in measured),
+            "load_before": load,
+        }
     return found
+
+
+def _peer_commands(bench: Bench, model: Path, single: Path, mirror: bool) -> list[list[str]]:
+    """Return nnU-Net's commands for the image in `single`: one, or one for each stage of a cascade."""
+    program = str(bench.python.with_name("nnUNetv2_predict_from_modelfolder"))
+    stages = [next(model.glob(f"*__{name}")) for name in (LOW, CASCADE)] if not (model / "plans.json").exists() else []
+    commands = []
+    for stage in stages or [model]:
+        folds = [file.name.removeprefix("fold_") for file in sorted(stage.glob("fold_*"))]
+        command = [program, "-i", str(single / "in"), "-o", str(single / stage.name), "-m", str(stage), "-f", *folds]
+        command += ["-device", "cpu", "-npp", "1", "-nps", "1", *([] if mirror else ["--disable_tta"])]
+        if commands:
+            command += ["-prev_stage_predictions", str(single / stages[0].name)]
+        commands.append(command)
+    return commands
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from medseg.report.dicom_sr import save_dicom_sr
     from medseg.report.measurements import measure
     from medseg.report.metrics import evaluate_folder
+    from medseg.report.write import write_report
     from medseg.study.batch import run_batch
+    from medseg.study.dataset import make_dataset
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate
     from medseg.train.fingerprint import fingerprint
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "load_dicom_seg",
     "load_rtstruct",
+    "make_dataset",
     "make_plan",
     "measure",
     "read_dataset",
@@ -51,6 +54,7 @@ __all__ = [
     "save_dicom_sr",
     "save_rtstruct",
     "train_model",
+    "write_report",
 ]
 
 _HOME = {
@@ -66,6 +70,7 @@ _HOME = {
     "load": "io",
     "load_dicom_seg": "io.dicom_seg",
     "load_rtstruct": "io.rtstruct",
+    "make_dataset": "study.dataset",
     "make_plan": "train.planner",
     "measure": "report.measurements",
     "read_dataset": "train.dataset",
@@ -75,6 +80,7 @@ _HOME = {
     "save_dicom_sr": "report.dicom_sr",
     "save_rtstruct": "io.rtstruct",
     "train_model": "train.loop",
+    "write_report": "report.write",
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import medseg
+from medseg.cli_data import dataset, report
 from medseg.cli_import import import_
 from medseg.cli_options import (
     AsJson,
@@ -272,6 +273,8 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         raise typer.Exit(EXIT_FAILED)
 
 
+app.command()(report)
+app.command()(dataset)
 app.command()(plan)
 app.command()(train)
 app.command()(evaluate)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from medseg.errors import InputError
+from medseg.snomed import snomed_of
 from medseg.volume import Volume
 
 PALETTE = (
@@ -20,12 +21,16 @@ PALETTE = (
 
 
 class SnomedCode(BaseModel):
-    """A SNOMED CT concept, as DICOM writes it: code value and code meaning (PS3.16, CID 7150 to 7166)."""
+    """A SNOMED CT concept, as DICOM writes it: code value and code meaning (PS3.16, CID 7150 to 7166).
+
+    `laterality` is the side of a structure whose code does not say it, such as that of a kidney (CID 244).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: str
     meaning: str
+    laterality: Literal["left", "right"] | None = None
 
 
 class Label(BaseModel):
@@ -40,11 +45,20 @@ class Label(BaseModel):
 
 
 def make_labels(names: Iterable[tuple[int, str]]) -> tuple[Label, ...]:
-    """Return a label table for (value, name) pairs, sorted by value, with colors. Background has no entry."""
+    """Return a label table for (value, name) pairs, sorted by value, with colors, and codes where a name is known.
+
+    Background has no entry.
+    """
     pairs = sorted((value, name) for value, name in names if value != 0)
     return tuple(
-        Label(value=value, name=name, color=PALETTE[place % len(PALETTE)]) for place, (value, name) in enumerate(pairs)
+        Label(value=value, name=name, color=PALETTE[place % len(PALETTE)], snomed=_code(name))
+        for place, (value, name) in enumerate(pairs)
     )
+
+
+def _code(name: str) -> SnomedCode | None:
+    known = snomed_of(name)
+    return None if known is None else SnomedCode(value=known[0], meaning=known[1], laterality=known[2])
 
 
 def complete(table: Sequence[Label], values: Iterable[int]) -> tuple[Label, ...]:

@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import rotation
+from scipy.ndimage import binary_erosion
 
-from medseg.io import save
+from medseg.io import load, save
+from medseg.model.plan import Plan
+from medseg.train.dataset import Dataset
+from medseg.train.fingerprint import fingerprint
+from medseg.train.planner import make_plan
 from medseg.volume import Grid, Volume
 
 torch.set_num_threads(1)
@@ -26,6 +31,34 @@ def make_balls(folder: Path, cases: int = 6, shape: tuple[int, int, int] = (22, 
     content = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content))
     return folder
+
+
+def make_shells(folder: Path, *, regions: bool = True, ignore: int | None = None, cases: int = 6) -> Path:
+    """Write balls with a brighter core: 1 is the shell, 2 the core, and of the regions "ball" is both of them.
+
+    With `ignore` the upper half of each label map has that value.
+    """
+    make_balls(folder, cases, (16, 18, 14))
+    for case in range(cases):
+        image, labels = (load(folder / part / f"case_{case}.nii.gz") for part in ("images", "labels"))
+        core = binary_erosion(labels.array[0], iterations=2)
+        values = labels.array + core.astype(np.uint8)
+        if ignore is not None:
+            values[..., values.shape[-1] // 2 :] = ignore
+        save(image.with_array(image.array + 80 * core.astype(np.float32)), folder / "images" / f"case_{case}.nii.gz")
+        save(labels.with_array(values), folder / "labels" / f"case_{case}.nii.gz")
+    labels = {"background": 0} | ({"ball": [1, 2], "core": 2} if regions else {"shell": 1, "core": 2})
+    content = {"channel_names": {"0": "MR"}, "labels": labels | ({} if ignore is None else {"ignore": ignore})}
+    content |= {"regions_class_order": [1, 2]} if regions else {}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def small_plan(dataset: Dataset, features: int = 6) -> Plan:
+    """Return the plan of a dataset with a network that trains in a moment."""
+    plan = make_plan(fingerprint(dataset))
+    network = plan.unet.model_copy(update={"features": (features,) * len(plan.unet.features)})
+    return plan.model_copy(update={"network": network})
 
 
 def ball_case(case: int, shape: tuple[int, int, int]) -> tuple[Volume, Volume]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nnunet_files
 import numpy as np
 import pytest
-from datasets import make_balls
+from datasets import make_balls, make_shells
 from models import threshold_model, tiny_model
 from test_model_segmenter import ball
 
@@ -298,6 +298,31 @@ def test_train_segment_evaluate(run, tmp_path):
     assert code == 1
     assert [failed["case"] for failed in json.loads(out)["failed"]] == ["case_1"]
     assert "case_1: no usable prediction" in err
+
+
+def test_train_all_folds(run, tmp_path):
+    dataset = make_balls(tmp_path / "balls", cases=4, shape=(10, 12, 10))
+    command = ("train", dataset, tmp_path / "model", "--budget", "2steps", "--folds", 2, "--fold", "all")
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "All folds, validation cases: 4 cases" in out
+    assert "Largest piece alone" in out
+    assert "| all | 4 | ball |" in (tmp_path / "model/MODEL_CARD.md").read_text()
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    assert json.loads(out)["mean"] == json.loads((tmp_path / "model/scores.json").read_text())["mean"]
+    assert run(*command[:-1], "some")[0] == 2
+
+
+def test_evaluate_knows_regions_and_ignored_voxels_from_the_dataset(run, tmp_path):
+    root = make_shells(tmp_path / "shells", ignore=7, cases=2)
+    code, out, _ = run("evaluate", root / "labels", root / "labels", "--json")
+    scores = json.loads(out)
+    assert code == 0
+    assert [(label["name"], label["dice"]) for label in scores["labels"]] == [("ball", 1.0), ("core", 1.0)]
+    (tmp_path / "names.json").write_text('{"labels": {"shell": 1, "core": 2, "unseen": 7}}')
+    code, out, _ = run("evaluate", root / "labels", root / "labels", "--json", "--labels", tmp_path / "names.json")
+    assert [label["name"] for label in json.loads(out)["labels"]] == ["shell", "core", "unseen"]
 
 
 def test_evaluating_a_perfect_prediction(run, tmp_path):

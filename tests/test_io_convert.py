@@ -14,9 +14,10 @@ from dicom_files import some_labels, write_source
 import medseg
 from medseg import cli
 from medseg.errors import InputError, UnreadableFile, UsageError
-from medseg.io.convert import beside, convert
+from medseg.io.convert import convert
 from medseg.io.dicom_series import choose
 from medseg.io.label_table import read_table, write_table
+from medseg.io.structures import beside
 from medseg.labels import Label, SnomedCode, make_labels
 from medseg.volume import Volume
 

@@ -11,8 +11,9 @@ import pytest
 from dicom_files import assert_every_pixel_in_place
 
 from medseg.errors import SeriesRefused
+from medseg.io.dicom_pixels import read_pixels
 from medseg.io.dicom_series import find_series, read
-from medseg.io.dicom_slice import read_headers, read_pixels
+from medseg.io.dicom_slice import read_headers
 from medseg.volume import Grid, Volume
 
 pytestmark = pytest.mark.realdata

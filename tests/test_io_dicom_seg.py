@@ -24,13 +24,14 @@ from dicom_files import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydicom.sr.codedict import codes
 
 import medseg
 from medseg.errors import GeometryError, InputError, OutputError, SeriesRefused, UsageError
 from medseg.io.dicom_references import code_of
 from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg, write
 from medseg.io.dicom_series import choose, find_series
-from medseg.io.regions import Regions, regions_of, volume_of
+from medseg.io.regions import Regions, regions_of, slice_numbers, volume_of
 from medseg.labels import Label, make_labels
 from medseg.volume import Grid, Volume
 
@@ -139,6 +140,20 @@ def test_codes(source: Path) -> None:
 
 
 @each_encoding
+def test_known_names_carry_their_code_and_their_side(source: Path, labelmap: bool) -> None:
+    table = make_labels([(1, "kidney_left"), (2, "kidney_right"), (5, "liver")])
+    labels, path = some_labels(choose(source)[1], (1, 2, 5)), source.parent / "seg.dcm"
+    save_dicom_seg(labels, path, source=source, table=table, labelmap=labelmap)
+    kinds = [item.SegmentedPropertyTypeCodeSequence[0] for item in pydicom.dcmread(path).SegmentSequence][-3:]
+    assert [(kind.CodeValue, kind.CodeMeaning) for kind in kinds[1:]] == [("64033007", "Kidney"), ("10200004", "Liver")]
+    sides = [[one.CodeValue for one in kind.get("SegmentedPropertyTypeModifierCodeSequence", [])] for kind in kinds]
+    assert sides == [[codes.SCT.Left.value], [codes.SCT.Right.value], []]
+    assert [label.snomed for label in load_dicom_seg(path, source=source)[1]] == [label.snomed for label in table]
+    if not labelmap:  # which dciodvfy does not know
+        assert not errors_of_dciodvfy(path)
+
+
+@each_encoding
 def test_nothing_found_is_no_error_and_no_file(source: Path, labelmap: bool) -> None:
     grid = choose(source)[1]
     path = source.parent / "seg.dcm"
@@ -200,6 +215,62 @@ def test_slices_that_have_no_grid_can_be_written(tmp_path: Path) -> None:
     assert heights == {7.0, 12.0, 19.5}
     with pytest.raises(SeriesRefused):
         save_dicom_seg(labels, tmp_path / "seg.dcm", source=series)
+
+
+@pytest.mark.parametrize("form", ["binary", "labelmap", "rtstruct"])
+def test_irregular_steps_take_and_give_the_labels_of_the_nearest_slice(tmp_path: Path, form: str) -> None:
+    # Slices at 0, 2.5, 5, 8.5, 11 and 13.5 mm: interpolated at 0, 2.7, 5.4, 8.1, 10.8 and 13.5 mm.
+    source = tmp_path / "ct"
+    write_series(source, [0, 1, 2, 3.4, 4.4, 5.4], shape=(11, 13), **STUDY)
+    (series,) = find_series(source)
+    assert series.verdict == "repaired"
+    assert series.regular_grid is not None
+    heights = [float(part.plane[2, 3]) for part in series.slices if part.plane is not None]
+    assert heights == pytest.approx([7, 9.5, 12, 15.5, 18, 20.5])
+    assert series.regular_grid.spacing_mm[2] == pytest.approx(2.7)
+    labels = some_labels(series.regular_grid, (1, 2, 3))
+    path = tmp_path / "object.dcm"
+    if form == "rtstruct":
+        medseg.save_rtstruct(labels, path, source=source)
+        back, _ = medseg.load_rtstruct(path, source=source)
+    else:
+        save_dicom_seg(labels, path, source=source, labelmap=form == "labelmap")
+        back, _ = load_dicom_seg(path, source=source)
+        places = {
+            float(groups.PlanePositionSequence[0].ImagePositionPatient[2])
+            for groups in pydicom.dcmread(path).PerFrameFunctionalGroupsSequence
+        }
+        assert places == {7, 12, 15.5, 18, 20.5}  # on the slices that were scanned; one is empty
+    assert back.grid.matches(series.regular_grid)
+    np.testing.assert_array_equal(back.array, labels.array)
+
+
+def test_frames_across_irregular_slices_are_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", [0, 1, 2, 3.4, 4.4, 5.4], shape=(11, 13), **STUDY)
+    coronal = write_source(tmp_path / "coronal", "coronal")
+    save_dicom_seg(some_labels(choose(coronal)[1]), tmp_path / "seg.dcm", source=coronal)
+    with pytest.raises(GeometryError) as caught:
+        load_dicom_seg(tmp_path / "seg.dcm", source=tmp_path / "ct")
+    assert caught.value.reason == "source_grid"
+
+
+@given(st.lists(st.floats(0.1, 5), min_size=1, max_size=9), st.floats(-20, 60))
+def test_numbers_of_slices_are_the_inverse_of_their_heights(steps: list[float], k: float) -> None:
+    heights = np.cumsum([0, *steps])
+    np.testing.assert_allclose(slice_numbers(heights, heights), np.arange(len(heights)), atol=1e-9)
+    number = slice_numbers(np.array([k]), heights)[0]
+    assert (number < 0) == (k < 0)
+    assert (number > len(steps)) == (k > heights[-1]) or abs(k - heights[-1]) < 1e-9
+
+
+def test_a_bug_of_ours_is_no_fault_of_the_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr("medseg.io.dicom_seg._segmentation", broken)
+    monkeypatch.setattr("medseg.io.dicom_references.PACKAGE", str(Path(__file__).parent))
+    with pytest.raises(ValueError, match="ours"):
+        written(source)
 
 
 @pytest.mark.parametrize("name", ["SOPClassUID", "StudyInstanceUID", "FrameOfReferenceUID"])

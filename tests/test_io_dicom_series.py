@@ -28,8 +28,8 @@ from pydicom.misc import is_dicom
 from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from medseg.errors import MedsegError, SeriesRefused, UnreadableFile, UsageError
+from medseg.io.dicom_pixels import read_pixels
 from medseg.io.dicom_series import find_series, frame_of_reference, read
-from medseg.io.dicom_slice import read_pixels
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 

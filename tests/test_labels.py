@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from pydicom.sr.codedict import codes
 
 from medseg.labels import PALETTE, Label, SnomedCode, complete, make_labels
+from medseg.snomed import CODES
 
 
 def test_a_table_is_sorted_by_value_and_leaves_background_out() -> None:
@@ -60,3 +62,37 @@ def test_values_that_the_table_lacks_are_numbered() -> None:
         (4, "four"),
         (70000, "label 70000"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("liver", ("10200004", "Liver", None)),
+        ("kidney_left", ("64033007", "Kidney", "left")),
+        ("Right Kidney", ("64033007", "Kidney", "right")),
+        ("RightParotid", ("45289007", "Parotid gland", "right")),
+        ("vertebrae_L1", ("66794005", "L1 vertebra", None)),
+        ("rib_right_12", ("113197003", "Rib", "right")),
+        # These have the side in the code itself.
+        ("heart_atrium_left", ("82471001", "Left atrium", None)),
+        ("lung_middle_lobe_right", ("72481006", "Middle lobe of right lung", None)),
+    ],
+)
+def test_known_names_have_their_code(name: str, expected: tuple[str, str, str | None]) -> None:
+    (label,) = make_labels([(1, name)])
+    value, meaning, laterality = expected
+    assert label.snomed == SnomedCode(value=value, meaning=meaning, laterality=laterality)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["left", "liver_tumor", "lung_vessels", "kidneys left right", "label 3", "", "Leber"])
+def test_other_names_have_none(name: str) -> None:
+    assert make_labels([(1, name)])[0].snomed is None
+
+
+def test_all_codes_stand_in_the_dictionary_of_dicom() -> None:
+    known: dict[str, set[str]] = {}
+    for code in codes.SCT.concepts.values():
+        known.setdefault(code.value, set()).update(word[:4] for word in code.meaning.lower().split())
+    for value, meaning in CODES.values():
+        words = {word[:4] for word in meaning.lower().split()} - {"left", "righ", "of", "lens"}
+        assert words & known[value], (value, meaning, known[value])

@@ -71,6 +71,21 @@ CASES = {
         ]}}, (20, 18, 16)
     ),
     "regions": ({"postprocessing": {"_target_": "Compose", "transforms": files.behind(sigmoid=True)}}, (20, 18, 16)),
+    "z-score of what is not 0, then a range; small, with its edges going on; labels brought back": (
+        {
+            "preprocessing": {"_target_": "Compose", "transforms": [
+                *files.LOAD, files.TURN, files.SPACE, files.transform("NormalizeIntensityd", nonzero=True),
+                files.transform("ScaleIntensityd", minv=-1.0, maxv=1.0),
+                files.transform("CastToTyped", dtype="$torch.float32"),
+            ]},
+            "inferer": {
+                "_target_": "SlidingWindowInferer", "roi_size": [32, 16, 16], "overlap": 0.25, "mode": "gaussian",
+                "padding_mode": "replicate",
+            },
+            "postprocessing": {"_target_": "Compose", "transforms": files.behind(nearest=True, discrete_first=True)},
+        },
+        (18, 17, 23),
+    ),
     "nearest": (
         {"postprocessing": {"_target_": "Compose", "transforms": files.behind(nearest=True, discrete_first=True)}},
         (20, 18, 16),
@@ -128,6 +143,58 @@ def test_expressions_are_refused_and_run_nothing(tmp_path, part):
     assert not (tmp_path / "model").exists()
 
 
+SAID = {
+    "$[16, 16, 8]": {},
+    "$@deep#er::1": {"deep": {"er": [0, [16, 16, 8]]}},
+    "$@large if @fine else [16, 16, 8]": {"fine": False, "large": "$never.looked(at)"},
+    "$[16, @two, len(@eight)]": {"two": "$@three", "three": 16, "eight": list(range(8))},
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_expressions_that_say_a_value_are_read(tmp_path, text):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(files.inference(roi=text, **SAID[text])))
+    assert import_model(tmp_path / "bundle", tmp_path / "model").patch == (16, 16, 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$[WITNESS, 16, 8]", "$@roi if WITNESS else 3", "$len(WITNESS)", "$len(@roi, key=WITNESS)", "$@device.WITNESS",
+        "$(lambda: WITNESS)()", "$[WITNESS for _ in [1]]", "$f'{WITNESS}'", "$@imports[WITNESS]", "$16 + 16", "$open",
+        "$len(@device)", "$1 if @device else 2", "$@nothing", "$@imports#9", "$1j", "$b'16'", "%other.json#roi", "$",
+        "$" + "(" * 300,
+    ],
+)  # fmt: skip
+def test_every_other_expression_is_refused_and_runs_nothing(tmp_path, text):
+    witness = tmp_path / "witness"
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    config = files.inference(roi=text.replace("WITNESS", f"__import__('os').system('touch {witness}')"))
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="an expression at .*never evaluates"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("text", ["$@roi", "$len(@roi)", "$@roi if @roi else @roi", "$[@roi]"])
+def test_expressions_that_refer_to_themselves(tmp_path, text):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(files.inference(roi=text)))
+    with pytest.raises(ModelError, match="refers to itself"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+
+
+def test_transforms_may_be_a_reference_and_known_names_have_codes(tmp_path):
+    steps = files.inference()["preprocessing"]["transforms"]
+    config = files.inference(preprocessing={"_target_": "Compose", "transforms": "$@steps"}, steps=steps)
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/configs/inference.json").write_text(json.dumps(config))
+    plan = import_model(tmp_path / "bundle", tmp_path / "model")
+    assert plan.spacing_mm == (1.3, 1.1, 2.1)
+    assert [label.snomed.meaning for label in plan.labels] == ["Liver", "Spleen"]
+
+
 def test_expressions_in_parts_that_are_not_read_run_nothing(tmp_path):
     witness = tmp_path / "witness"
     files.write_bundle(tmp_path / "bundle", files.inference())
@@ -152,6 +219,15 @@ REFUSED = {
     "order of transforms": {"preprocessing": compose(files.SPACE, files.TURN)},
     "Spacingd at .*diagonal": {"preprocessing": compose(files.SPACE | {"diagonal": True})},
     "setting of ScaleIntensityRange": {"preprocessing": compose(files.SCALE | {"a_max": -100})},
+    "that medseg does not have: ScaleIntensity, Spacing, NormalizeIntensity": {
+        "preprocessing": compose(
+            files.transform("ScaleIntensityd"), files.SPACE, files.transform("NormalizeIntensityd")
+        )
+    },
+    "setting of ScaleIntensity that medseg does not have: channel_wise": {
+        "network_def": files.network_def(in_channels=2),
+        "preprocessing": compose(files.transform("ScaleIntensityd")),
+    },
     "setting of NormalizeIntensity": {"preprocessing": compose(files.transform("NormalizeIntensityd", divisor=2))},
     "inferer that medseg does not have: SimpleInferer": {"inferer": {"_target_": "SimpleInferer"}},
     "must be divisible": {"roi": [15, 16, 8]},
@@ -188,8 +264,20 @@ def test_weights_and_metadata_that_do_not_fit(tmp_path):
     with pytest.raises(ModelError, match="TorchScript alone"):
         import_model(tmp_path / "bundle", tmp_path / "model")
     (tmp_path / "bundle/models/model.ts").unlink()
-    with pytest.raises(ModelError, match="models/model.pt is missing"):
+    with pytest.raises(ModelError, match=r"has 0 files of weights"):
         import_model(tmp_path / "bundle", tmp_path / "model")
+    for name in ("one.pt", "other.pt"):
+        (tmp_path / "bundle/models" / name).touch()
+    with pytest.raises(ModelError, match=r"has 2 files of weights, models/\*.pt, and none is models/model.pt"):
+        import_model(tmp_path / "bundle", tmp_path / "model")
+
+
+def test_weights_may_have_another_name_where_they_are_alone(tmp_path):
+    files.write_bundle(tmp_path / "bundle", files.inference())
+    (tmp_path / "bundle/models/model.pt").rename(tmp_path / "bundle/models/fine_tuned.pt")
+    shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path, "bundle")
+    import_model(tmp_path / "bundle.zip", tmp_path / "model")
+    assert (tmp_path / "model/fold_0.safetensors").is_file()
 
 
 def test_yaml_is_read_without_aliases(tmp_path):

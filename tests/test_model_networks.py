@@ -64,3 +64,23 @@ def test_groups_of_one_channel_are_instance_normalization():
     image = torch.randn(2, 1, 8, 8, 4)
     expected = nn.functional.leaky_relu(nn.functional.instance_norm(block.conv(image)), 0.01)
     torch.testing.assert_close(block(image), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+def test_the_fast_normalization_has_torchs_values_and_gradients(layout):
+    """Of single channels with a leaky ReLU behind: medseg's own backward pass against torch's."""
+    from medseg.model.networks import _Convolution
+
+    torch.manual_seed(3)
+    block = _Convolution(3, 5, (3, 3, 3)).train()
+    torch.nn.init.normal_(block.norm.weight)
+    torch.nn.init.normal_(block.norm.bias)
+    image = (2 + 3 * torch.randn(2, 3, 6, 7, 5)).to(memory_format=layout).requires_grad_()
+    gradient = torch.randn(2, 5, 6, 7, 5)
+    own, other = block(image), block.active(block.norm(block.conv(image)))
+    assert torch.equal(own, other)
+    wanted = [image, *block.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(own, wanted, gradient), torch.autograd.grad(other, wanted, gradient), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

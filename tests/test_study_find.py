@@ -14,7 +14,7 @@ from multiframe_files import write_enhanced
 
 from medseg.errors import InputError, SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
-from medseg.io.dicom_series import find_series, read, read_series, slice_places
+from medseg.io.dicom_series import find_series, read, read_series
 from medseg.study.archive import opened, unpack
 from medseg.study.cohort import find_cohort
 from medseg.study.describe import describe_studies, series_names
@@ -140,7 +140,7 @@ class TestRepair:
         assert volume.grid.spacing_mm[2] == pytest.approx(step)
         np.testing.assert_allclose(volume.grid.to_world((0, 0, 8)), [0, 0, 11.5], atol=1e-9)
         assert volume.array.dtype == np.int16
-        assert slice_places(series).tolist() == [0, 1, 3, 5, 7, 8]
+        assert np.rint(series.heights).tolist() == [0, 1, 3, 5, 7, 8]
         # Values that grow evenly along the normal are found exactly between slices, too.
         np.testing.assert_allclose(volume.array[0, 0, 0], 100 * step * np.arange(9), atol=0.5)
 

@@ -6,8 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import make_grid
 from dicom_files import ORIENTATIONS, write_series
+from test_process_register import phantom
 
 from medseg import cli
 from medseg.errors import UsageError
@@ -15,6 +18,7 @@ from medseg.study.check import check_pipeline, explain
 from medseg.study.choose import choose
 from medseg.study.find import find_studies
 from medseg.study.pipeline import Pipeline, Rule, load_pipeline
+from medseg.study.run import Job, read_job
 
 ROOT = Path(__file__).parents[1]
 RULE = {"name": "CT", "modality": ["CT"]}
@@ -197,3 +201,53 @@ def test_the_command_explains_the_choice(study, capsys, monkeypatch):
     assert [row["reason"] == "taken" for row in json.loads(shown)["studies"][0]["choices"]].count(True) == 1
     (study / "2" / "cut.dcm").touch()
     assert explain(pipeline(), study)[0]["refusal"]["reason"] == "unreadable"
+
+
+class TestRegistration:
+    RULES = (
+        {"name": "T1", "modality": ["MR"], "description": "t1"},
+        {"name": "T2", "modality": ["MR"], "description": "t2"},
+    )
+
+    @pytest.fixture
+    def heads(self, tmp_path):
+        """Return a study of one head in two frames of reference, in the second 9 mm to the left and 6 mm lower."""
+        image = phantom(make_grid("LPS", (48, 44, 22))).array[0].round().astype(np.int16)
+
+        def each(contrast, shift_mm):
+            def pixels(k):
+                values = image[:, :, k].T
+                position = [shift_mm[0], shift_mm[1], 2.5 * k + shift_mm[2]]
+                return {"PixelData": (200 - values if contrast else values).tobytes(), "ImagePositionPatient": position}
+
+            return pixels
+
+        common = {"StudyInstanceUID": "1.2.3", "Modality": "MR", "shape": (44, 48)}
+        common |= {"PixelSpacing": [1.1, 0.9], "SliceThickness": 2.5}
+        write_series(tmp_path / "1", range(22), SeriesDescription="T1", each=each(False, (0, 0, 0)), **common)
+        write_series(
+            tmp_path / "2", range(22), SeriesDescription="T2", each=each(True, (9, 0, -6)), FrameOfReferenceUID="1.9",
+            **common,
+        )  # fmt: skip
+        return tmp_path
+
+    def test_channels_in_two_spaces_are_refused_unless_registration_is_asked_for(self, heads):
+        (study,) = find_studies(heads)
+        rules = [Rule.model_validate(rule) for rule in self.RULES]
+        assert choose(study.series, rules).refusal.reason == "frame_of_reference"
+        assert choose(study.series, rules, register=True).refusal is None
+        asked = pipeline(channels=self.RULES, registration="rigid")
+        assert explain(asked, heads)[0]["refusal"] is None
+        assert explain(pipeline(channels=self.RULES), heads)[0]["refusal"]["reason"] == "frame_of_reference"
+
+    def test_the_manifest_says_how(self, heads):
+        job = Job("study", {file: file.name for file in heads.rglob("*") if file.is_file()})
+        read_job(job, pipeline(channels=self.RULES, registration="rigid"))
+        (fact,) = job.facts["registrations"]
+        assert (fact["channel"], fact["kind"]) == (1, "rigid")
+        matrix = np.array(fact["matrix"])
+        center = job.image.grid.to_world((np.array(job.image.grid.shape) - 1) / 2)
+        assert matrix[:3, :3] @ center + matrix[:3, 3] - center == pytest.approx([-9, 0, -6], abs=0.5)
+        assert fact["simpleitk"]
+        inside = job.image.array[0] > 0
+        assert np.corrcoef(job.image.array[0][inside], job.image.array[1][inside])[0, 1] < -0.7

@@ -3,12 +3,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from datasets import make_balls
 
 from medseg.errors import DatasetError
+from medseg.io import load, save
+from medseg.train import loop
 from medseg.train.dataset import Dataset, read_dataset
-from medseg.train.fingerprint import fingerprint
+from medseg.train.dataset_json import Meaning
+from medseg.train.fingerprint import Fingerprint, fingerprint
+from medseg.train.loop import plan_dataset
+from medseg.volume import Grid, Volume
 
 
 def write(folder, **fields):
@@ -125,7 +131,7 @@ def test_folds_are_scikit_learns_shuffled_ones(tmp_path):
 
 @pytest.mark.parametrize(("fold", "folds"), [(5, 5), (-1, 5), (0, 12)])
 def test_a_fold_that_cannot_be_is_refused(tmp_path, fold, folds):
-    dataset = Dataset("x", ("MR",), (), tuple(read_dataset(make_balls(tmp_path / "b", 6, (4, 4, 4)))))
+    dataset = Dataset("x", ("MR",), Meaning(()), tuple(read_dataset(make_balls(tmp_path / "b", 6, (4, 4, 4)))))
     with pytest.raises(DatasetError, match=rf"Fold {fold} of {folds} cannot be made from 6 cases"):
         dataset.fold(fold, folds)
 
@@ -134,9 +140,7 @@ def test_every_missing_file_is_listed(tmp_path):
     folder = make_balls(tmp_path / "balls", cases=3, shape=(4, 4, 4))
     (folder / "images/case_0.nii.gz").unlink()
     (folder / "images/case_2.nii.gz").unlink()
-    with pytest.raises(
-        DatasetError, match=r"2 problem\(s\): case_0: channel 0 is missing; case_2: channel 0 is missing"
-    ):
+    with pytest.raises(DatasetError, match=r"2 problem\(s\):\ncase_0: image is missing\ncase_2: image is missing"):
         read_dataset(folder)
 
 
@@ -148,11 +152,20 @@ def test_every_missing_file_is_listed(tmp_path):
         ({"channel_names": {"0": "CT"}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"background": 0}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "a value of its own above 0"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": "b"}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": []}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}}, "regions_class_order must give for each"),
         (
-            {"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}},
-            "regions and ignore labels cannot be trained yet",
+            {"channel_names": {"0": "CT"}, "labels": {"a": [1, 2], "b": 2}, "regions_class_order": [2, 2]},
+            "regions_class_order must give",
         ),
-        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 2}}, "regions and ignore labels"),
+        (
+            {"channel_names": {"0": "CT"}, "labels": {"a": [1, 2], "b": 2}, "regions_class_order": [1, 3]},
+            "regions_class_order must give",
+        ),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 1}}, '"ignore" must have one value of its own'),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": [2, 3]}}, '"ignore" must have one value'),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 0}}, '"ignore" must have one value'),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1}}, "there is no labelled image"),
     ],
 )
@@ -170,3 +183,101 @@ def test_a_folder_without_a_dataset_json_or_with_a_broken_one_is_refused(tmp_pat
     (tmp_path / "dataset.json").write_text("[]")
     with pytest.raises(DatasetError, match="one object"):
         read_dataset(tmp_path)
+
+
+def changed(file, change):
+    """Write a volume back with its array changed by a function."""
+    volume = load(file)
+    save(volume.with_array(change(volume.array.copy())), file)
+
+
+def test_everything_that_is_wrong_is_in_one_list(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=9)
+    (root / "images/case_0.nii.gz").unlink()
+    (root / "labels/case_1.nii.gz").write_bytes(b"nothing")
+    changed(root / "labels/case_2.nii.gz", lambda values: values.astype(np.float32) + 0.5)
+    changed(root / "labels/case_3.nii.gz", lambda values: values * 5)
+    changed(root / "images/case_3.nii.gz", lambda image: np.where(image > 150, np.inf, image))
+    shutil.copy(root / "images/case_4.nii.gz", root / "images/case_5.nii.gz")
+    shutil.copy(root / "labels/case_4.nii.gz", root / "labels/case_5.nii.gz")
+    image, labels = load(root / "images/case_6.nii.gz"), load(root / "labels/case_6.nii.gz")
+    shifted = labels.grid.affine.copy()
+    shifted[:3, 3] += 2
+    save(Volume(labels.array, Grid(labels.grid.shape, shifted)), root / "labels/case_6.nii.gz")
+    save(Volume(image.array * 2, image.grid), root / "images/case_7.nii.gz")
+    save(labels, root / "labels/case_7.nii.gz")
+    save(Volume(image.array * 3, image.grid), root / "images/case_8.nii.gz")
+    save(labels, root / "labels/case_8.nii.gz")
+    with pytest.raises(DatasetError) as caught:
+        fingerprint(read_dataset(root, check_files=False))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "The dataset has 8 problem(s):"
+    expected = [
+        "case_0: image is missing", "case_1: label: The file could not be read",
+        "case_2: A label map is one channel of whole numbers", "case_3: label values [5] are not in dataset.json",
+        "case_3: the image has voxels that are NaN or infinite", "case_6: Image and labels lie on different grids",
+        "case_5: the image is the same as that of case_4", "case_8: the labels are the same as those of case_7",
+    ]  # fmt: skip
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+    assert "corners up to 3.46 mm apart" in lines[5]
+
+
+def test_labels_that_several_images_of_a_patient_share_are_no_problem(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    image = load(root / "images/case_0.nii.gz")
+    save(image.with_array(image.array * 2), root / "images/case_2.nii.gz")
+    shutil.copy(root / "labels/case_0.nii.gz", root / "labels/case_2.nii.gz")
+    with pytest.raises(DatasetError, match="case_2: the labels are the same as those of case_0"):
+        fingerprint(read_dataset(root))
+    (root / "cases.json").write_text(json.dumps([{"case": f"case_{n}", "group": "p"} for n in (0, 2)]))
+    assert len(fingerprint(read_dataset(root)).cases) == 3
+
+
+def test_what_is_odd_is_a_warning(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=4)
+    changed(root / "labels/case_1.nii.gz", lambda values: values * 0)
+    changed(root / "labels/case_2.nii.gz", lambda values: values * 0)
+    changed(root / "images/case_3.nii.gz", lambda image: image * 0)
+    content = json.loads((root / "dataset.json").read_text())
+    content["labels"]["cube"] = 2
+    (root / "dataset.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning) as caught:
+        facts = fingerprint(read_dataset(root))
+    assert len(facts.cases) == 4
+    (text,) = (str(one.message) for one in caught)
+    assert "2 case(s) have no labelled voxel: case_1, case_2" in text
+    assert "1 case(s) have an image that is constant: case_3" in text
+    assert "1 label(s) are in no case: cube" in text
+
+
+def test_a_case_in_which_nothing_was_drawn_is_meant_to_be_empty(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    changed(root / "labels/case_1.nii.gz", lambda values: values * 0)
+    (root / "cases.json").write_text(json.dumps([{"case": "case_1", "structures": []}]))
+    assert len(fingerprint(read_dataset(root)).cases) == 3
+
+
+def test_cases_are_checked_again_when_they_are_others_than_before(tmp_path, monkeypatch):
+    root = make_balls(tmp_path / "balls", cases=4)
+    plan_dataset(root, tmp_path / "model")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "fingerprint", None)
+        plan_dataset(root, tmp_path / "model")  # nothing has changed: nothing is read
+    changed(root / "labels/case_1.nii.gz", lambda values: values * 5)
+    with pytest.raises(DatasetError, match=r"case_1: label values \[5\]"):
+        plan_dataset(root, tmp_path / "model")
+    changed(root / "labels/case_1.nii.gz", lambda values: values // 5)
+    (root / "images/case_3.nii.gz").unlink()
+    (root / "labels/case_3.nii.gz").unlink()
+    plan_dataset(root, tmp_path / "model")
+    assert len(Fingerprint.load(tmp_path / "model/fingerprint.json").cases) == 3
+
+
+def test_a_plan_that_is_brought_along_does_not_spare_the_checks(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    plan_dataset(root, tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "model/plan.json", tmp_path / "other/plan.json")
+    (root / "images/case_1.nii.gz").unlink()
+    with pytest.raises(DatasetError, match="case_1: image is missing"):
+        plan_dataset(root, tmp_path / "other")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,21 +17,24 @@ import pytest
 import torch
 from datasets import make_balls
 
-from medseg.errors import ModelError, OutputError, UsageError
-from medseg.io import load
+from medseg.errors import DatasetError, ModelError, OutputError, UsageError
+from medseg.io import load, save
 from medseg.labels import make_labels
 from medseg.model.plan import Plan, Region
 from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
-from medseg.train import loop
+from medseg.train import cache, loop
 from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import read_dataset
+from medseg.train.dataset_json import Meaning
 from medseg.train.fingerprint import fingerprint
-from medseg.train.loop import TrainProgress, plan_from, train_dataset, train_model
-from medseg.train.optimize import new_state, optimize, schedule
+from medseg.train.loop import plan_from, train_dataset, train_model
+from medseg.train.optimize import new_state, optimize
 from medseg.train.planner import make_plan
+from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
+from medseg.train.schedules import schedule
 from medseg.train.settings import Budget, TrainSettings
 
 FAST = TrainSettings(folds=3)
@@ -68,7 +72,8 @@ def test_a_short_training_finds_the_ball_and_leaves_a_model_that_runs_anywhere(b
     assert (last.done, last.step, last.seconds_left) == (1.0, 50, 0.0)
     files = sorted(file.name for file in (tmp_path / "model").iterdir() if file.is_file())
     assert files == [
-        "MODEL_CARD.md", "fold_0.history.csv", "fold_0.safetensors", "fold_0.scores.json", "plan.json", "train.json",
+        "MODEL_CARD.md", "fold_0.history.csv", "fold_0.progress.png", "fold_0.safetensors", "fold_0.scores.csv",
+        "fold_0.scores.json", "plan.json", "train.json",
     ]  # fmt: skip
     history = list(csv.DictReader((tmp_path / "model/fold_0.history.csv").read_text().splitlines()))
     assert [row["step"] for row in history] == ["50"]
@@ -102,7 +107,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(balls, plan, 
 
 def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, plan, tmp_path):
     train_model(balls, plan, tmp_path / "first", budget="2steps", settings=FAST)
-    twice = dataclasses.replace(balls, labels=make_labels([(1, "ball"), (2, "cube")]))
+    twice = dataclasses.replace(balls, meaning=Meaning(make_labels([(1, "ball"), (2, "cube")])))
     further = plan_from(tmp_path / "first", twice)
     assert (further.labels, further.spacing_mm) == (twice.labels, plan.spacing_mm)
     state = new_state(further, FAST, torch.device("cpu"), tmp_path / "first")
@@ -162,7 +167,8 @@ def test_sigkill_costs_at_most_the_time_between_checkpoints(balls, plan, tmp_pat
     FAST.save(folder / "train.json")
     dataset = balls.cases[0].label.parent.parent
     code = (
-        "import sys, torch, medseg.train.loop as loop; loop.CHECKPOINT_S = 0.0; torch.set_num_threads(1)\n"
+        "import sys, torch, medseg.train.loop as loop, medseg.train.run as run\n"
+        "run.CHECKPOINT_S = 0.0; torch.set_num_threads(1)\n"
         "loop.train_dataset(sys.argv[1], sys.argv[2], budget='12steps', folds=3)"
     )
     command = [sys.executable, "-c", code, str(dataset), str(folder)]
@@ -175,7 +181,7 @@ def test_sigkill_costs_at_most_the_time_between_checkpoints(balls, plan, tmp_pat
     process.wait()
     state = new_state(plan, FAST, torch.device("cpu"))
     training, _ = balls.fold(0, FAST.folds)
-    state.load(checkpoint, loop._recipe(plan, FAST, Budget.parse("12steps"), training))
+    state.load(checkpoint, loop.recipe_of(plan, FAST, Budget.parse("12steps"), training))
     assert 1 <= state.step < 12
     seen: list[int] = []
     train_dataset(dataset, folder, budget="12steps", folds=3, progress=lambda now: seen.append(now.step))
@@ -242,8 +248,51 @@ def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, 
     prepare_cases(cases, plan, tmp_path / "cache")
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == first
     cases[0].label.touch()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    prepare_cases([*cases, *read_dataset(moved)], plan, tmp_path / "cache")
+    assert {file.name for file in (tmp_path / "cache").iterdir()} == {file.name for file in first}
+    labels = load(cases[0].label)
+    save(labels.with_array(1 - labels.array), cases[0].label)
     prepare_cases(cases, plan, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == len(first) + 3  # image, target and places of one case
+
+
+def test_a_prepared_file_that_was_cut_short_is_made_again(balls, plan, tmp_path):
+    whole = prepare_cases(balls.cases[:1], plan, tmp_path)[0].image.copy()
+    image = next(tmp_path.glob("*.image.npy"))
+    image.write_bytes(image.read_bytes()[:-100])
+    np.testing.assert_array_equal(prepare_cases(balls.cases[:1], plan, tmp_path)[0].image, whole)
+
+
+def test_a_case_that_cannot_be_prepared_is_named(balls, plan, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    broken = dataclasses.replace(balls.cases[1], label=tmp_path / "away.nii.gz")
+    with pytest.raises(DatasetError, match="case_1 could not be prepared: FileNotFoundError"):
+        prepare_cases([broken], plan, tmp_path)
+    channels = plan.model_copy(update={"channels": plan.channels * 2})
+    with pytest.raises(DatasetError, match="case_0 could not be prepared: The model needs 2 channel"):
+        prepare_cases(balls.cases[:1], channels, tmp_path)
+    monkeypatch.setattr(cache, "prepare", fail)
+    with pytest.raises(DatasetError, match="case_0 could not be prepared: MemoryError"):
+        prepare_cases(balls.cases[:1], plan, tmp_path / "new")
+
+
+def test_a_case_that_no_patch_can_be_drawn_from_is_named(balls, plan, tmp_path):
+    case = prepare_cases(balls.cases[:1], plan, tmp_path)[0]
+    broken = dataclasses.replace(case, image=case.image[:, :2, :2])
+    with pytest.raises(DatasetError, match="No patch could be drawn from case_0"):
+        for step in range(50):
+            Sampler([broken], plan, 1, 0.5).patch(step, 0)
+
+
+def test_an_organ_that_was_not_drawn_is_never_asked_for(balls, plan, tmp_path):
+    case = dataclasses.replace(balls.cases[0], undrawn=frozenset({1}))
+    prepared = prepare_cases([case], plan, tmp_path)[0]
+    assert prepared.places == {}
+    assert not prepared.target.any()  # though the file has it: it is not known there
+    assert prepared.known.tolist() == [True, False]
 
 
 def test_patches_are_a_function_of_seed_step_and_sample(balls, plan, tmp_path):
@@ -325,8 +374,8 @@ def test_label_files_of_a_trained_model_lie_where_the_image_does(balls, plan, tm
     assert isinstance(new_state(plan, FAST, torch.device("cpu")), TrainState)
 
 
-def test_a_plan_with_regions_is_not_trained(balls, plan, tmp_path):
+def test_a_plan_with_other_regions_than_the_dataset_is_not_trained(balls, plan, tmp_path):
     regions = (Region(name="all", members=(1,), value=1),)
-    with pytest.raises(ModelError, match="can be used, but not trained"):
+    with pytest.raises(ModelError, match="different regions"):
         train_model(balls, plan.model_copy(update={"regions": regions}), tmp_path / "model", budget="1steps")
     assert not (tmp_path / "model").exists()

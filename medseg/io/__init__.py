@@ -135,7 +135,8 @@ def _check_source(grid: Grid, source: Path) -> None:
     else:
         from medseg.io import dicom_series
 
-        grids = [series.grid for series in dicom_series.find_series(source) if series.grid is not None]
+        found = [series.grid or series.regular_grid for series in dicom_series.find_series(source)]
+        grids = [grid for grid in found if grid is not None]
     if not any(grid.matches(one) for one in grids):
         raise GeometryError(
             f"The volume, {grid.shape} voxels, lies on another grid than the source that it is to be saved for. "

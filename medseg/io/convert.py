@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import UsageError
-from medseg.io import VOLUME_ENDINGS, AnyPath, load, save
-from medseg.io.files import reading
+from medseg.io import AnyPath, save
 from medseg.io.label_table import read_table, write_table
+from medseg.io.structures import beside, load_labels, object_kind, stem
 from medseg.labels import Label
 from medseg.volume import Volume
 
@@ -37,11 +37,14 @@ def convert(
     path, target = Path(path), Path(target)
     to_object = target.name.lower().endswith(".dcm")
     if kind is not None and (kind not in DICOM_KINDS or not to_object):
-        raise UsageError(f"A file that ends in .dcm is one of {', '.join(DICOM_KINDS)}; other files take no kind.")
-    held = _object_kind(path)
-    if source is None and (held or to_object):
+        raise UsageError(
+            f"A file that ends in .dcm is one of {', '.join(DICOM_KINDS)} (medseg report writes SR); other files take "
+            "no kind."
+        )
+    held = object_kind(path)
+    if source is None and to_object:
         raise UsageError("A DICOM object of labels belongs to a series: give its folder as the source.")
-    labels, names = _read(path, held, source, assume_orientation)
+    labels, names = load_labels(path, source=source, assume_orientation=assume_orientation)
     if table is not None:
         names = read_table(table)
     if to_object:
@@ -51,39 +54,6 @@ def convert(
         save(labels, target, source=source or (None if assume_orientation else path))
         return [target]
     return _write_volumes(labels, names, target, source)
-
-
-def beside(path: Path) -> Path:
-    """Return where the label table of a label file lies."""
-    return path.with_name(f"{_stem(path)}.labels.json")
-
-
-def _object_kind(path: Path) -> str | None:
-    """Return "SEG" or "RTSTRUCT" for a file that is such an object, None for any other and for folders."""
-    if not path.is_file():
-        return None
-    with reading(path), path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return None
-    from pydicom import dcmread
-
-    from medseg.io.dicom_slice import parsing
-
-    with parsing(path):
-        modality = str(dcmread(path, specific_tags=["Modality"], stop_before_pixels=True).get("Modality"))
-    return modality if modality in {"SEG", "RTSTRUCT"} else None
-
-
-def _read(path: Path, held: str | None, source: Any, assume: str | None) -> tuple[Volume, tuple[Label, ...]]:
-    if held == "SEG":
-        from medseg.io.dicom_seg import load_dicom_seg
-
-        return load_dicom_seg(path, source=source)
-    if held == "RTSTRUCT":
-        from medseg.io.rtstruct import load_rtstruct
-
-        return load_rtstruct(path, source=source)
-    return load(path, assume_orientation=assume), read_table(beside(path)) if beside(path).is_file() else ()
 
 
 def _write_object(labels: Volume, target: Path, kind: str, **options: Any) -> Path | None:
@@ -100,14 +70,9 @@ def _write_volumes(labels: Volume, names: Sequence[Label], target: Path, source:
     """Write a label map to `target`, or one mask for each label beside it, and the label table."""
     files = [target]
     if len(labels.array) > 1:
-        ending = target.name[len(_stem(target)) :]
-        files = [target.with_name(f"{_stem(target)}_{label.value}{ending}") for label in names]
+        ending = target.name[len(stem(target)) :]
+        files = [target.with_name(f"{stem(target)}_{label.value}{ending}") for label in names]
     for channel, file in zip(labels.array, files, strict=True):
         save(labels.with_array(channel[None]), file, source=source)
     write_table(names, beside(target))
     return files
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    return name[: -max((len(end) for end in VOLUME_ENDINGS if name.lower().endswith(end)), default=len(path.suffix))]

@@ -6,12 +6,19 @@ and few elements are needed. What cannot be converted is blank or NaN: it is jud
 
 from __future__ import annotations
 
+import logging
 import math
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from medseg.errors import UnreadableFile
+from medseg.io.files import reading
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -84,6 +91,38 @@ class Header:
         if isinstance(value, str):
             return [part.strip() for part in value.split("\\")]
         return [*value] if isinstance(value, Iterable) else [value]
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Turn what pydicom raises into UnreadableFile, and keep it silent."""
+    try:
+        with reading(path), silence():
+            yield
+    except damage() as error:
+        raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path) from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep the warnings and logs of the DICOM libraries from quoting headers."""
+    log = logging.getLogger("pydicom")
+    nothing = logging.Filter("no such logger")
+    log.addFilter(nothing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.removeFilter(nothing)
+
+
+def damage() -> tuple[type[Exception], ...]:
+    """Return what pydicom and its decoders raise, besides OSError and the like, for files that break the standard."""
+    from pydicom.errors import BytesLengthException
+
+    usual = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
+    return (*usual, BytesLengthException)
 
 
 def frame_headers(data: Dataset) -> list[Header]:

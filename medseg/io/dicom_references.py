@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, OutputError
+from medseg.errors import GeometryError, InputError, OutputError
 from medseg.io.dicom_geometry import LPS_TO_RAS
+from medseg.io.dicom_header import parsing, silence
 from medseg.io.dicom_series import Series, choose
-from medseg.io.dicom_slice import Slice, damage, parsing, silence
+from medseg.io.dicom_slice import Slice
 from medseg.labels import Label
 from medseg.volume import Grid
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | Series
 """The series that labels belong to: its folder, or itself as `find_series` found it."""
+
+PACKAGE = str(Path(__file__).parents[1])
 
 OWN_SCHEME = "99MEDSEG"
 """The coding scheme of labels without a SNOMED CT code; see `code_of`."""
@@ -61,12 +65,30 @@ OTHER = (
 
 
 def located(source: Source) -> tuple[Series, Grid]:
-    """Return the series and its grid. Raises what reading the series raises for headers."""
+    """Return the series and its grid; of slices with irregular steps the regular one that they are interpolated onto.
+
+    Raises what reading the series raises for headers.
+    """
     if not isinstance(source, Series):
-        return choose(source)
-    if source.grid is None:
+        return choose(source, repaired=True)
+    grid = source.grid or source.regular_grid
+    if grid is None:
         raise source.refusal or GeometryError("The series has no grid.")
-    return source, source.grid
+    return source, grid
+
+
+def read_object(path: Path, modality: str, content: str) -> Dataset:
+    """Return the object in a file, a "SEG" or "RTSTRUCT" with the element `content`; call it within `parsing`.
+
+    Raises InputError (`not_seg`, `not_rtstruct`) for other objects.
+    """
+    from pydicom import dcmread
+
+    data = dcmread(path)
+    if data.get("Modality") != modality or content not in data:
+        name = {"SEG": "a DICOM SEG", "RTSTRUCT": "an RT Structure Set"}[modality]
+        raise InputError(f"Expected {name}; this is another object.", path=path, reason=f"not_{modality.lower()}")
+    return data
 
 
 def headers(slices: Sequence[Slice]) -> list[Dataset]:
@@ -139,14 +161,22 @@ def check_frame_of_reference(stated: str, series: Series, path: Path) -> None:
 
 @contextmanager
 def referring(path: Path) -> Iterator[None]:
-    """Turn what the DICOM libraries raise for headers that they do not take into OutputError, and keep them silent."""
+    """Turn what the DICOM libraries raise for values that they do not take into OutputError, and keep them silent.
+
+    What our own code raises is a bug of ours and stays what it is.
+    """
+    from pydicom.errors import BytesLengthException
+
     log = logging.getLogger("highdicom")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:
         with silence():
             yield
-    except damage() as error:
+    except (ValueError, LookupError, BytesLengthException) as error:
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        if innermost.filename.startswith(PACKAGE):
+            raise
         raise unreferable("The headers of the source break the DICOM standard", path) from error
     finally:
         log.setLevel(level)

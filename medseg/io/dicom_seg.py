@@ -10,13 +10,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError, UsageError
+from medseg.errors import GeometryError, UsageError
 from medseg.io.dicom_geometry import slice_plane
+from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
     UTF8,
     Source,
@@ -27,12 +28,13 @@ from medseg.io.dicom_references import (
     item,
     located,
     named,
+    read_object,
     referring,
     unreferable,
 )
-from medseg.io.dicom_slice import Slice, parsing
+from medseg.io.dicom_slice import Slice
 from medseg.io.files import written_whole
-from medseg.io.regions import Regions, on_grid, regions_of, volume_of
+from medseg.io.regions import Heights, Part, Regions, Wanted, on_grid, regions_of, slice_numbers, volume_of
 from medseg.labels import PALETTE, Label, SnomedCode
 from medseg.volume import Affine, Grid, Volume
 
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
 
 FRAME_TOLERANCE = 0.1
 """How far, in voxels, the corners of a frame may lie from voxels of the source."""
+
+SIDES: dict[Literal["left", "right"], tuple[str, str, str]] = {
+    "left": ("7771000", "SCT", "Left"),
+    "right": ("24028007", "SCT", "Right"),
+}
+"""Modifiers of a structure that lies on one side (CID 244)."""
 
 Places = dict[int, list[NDArray[np.intp]]]
 
@@ -58,14 +66,15 @@ def save_dicom_seg(
     """Write labels as a DICOM SEG that refers to the slices of `source`, and return its path; None if there are none.
 
     Nothing found is a result and no error: then no file is written, since a SEG cannot be empty. `labels` is a label
-    map, or one mask for each label of the table; it has the voxels of the source, in any order of axes. The encoding is
+    map, or one mask for each label of the table; it has the voxels of the source, in any order of axes (those of the
+    regular grid for slices with irregular steps, each of which takes the labels nearest to it). The encoding is
     BINARY, one frame for each slice on which a label occurs and labels numbered from 1; or LABELMAP, which is smaller,
     keeps the values and is young (2023). Labels that overlap are always BINARY. `algorithm` names what made the
     labels (None: unknown). Raises GeometryError where the grids differ, OutputError (`unreferable_source`) where the
     source lacks identifiers, and what reading the headers of the source raises.
     """
     series, grid = located(source)
-    regions = regions_of(on_grid(labels, grid), table)
+    regions = regions_of(on_grid(labels, grid), table, series.heights)
     return write(regions, series.slices, path, labelmap=labelmap, algorithm=algorithm)
 
 
@@ -110,23 +119,30 @@ def load_dicom_seg(
     Raises UnreadableFile or InputError (`not_seg`) for other files, GeometryError (`source_grid`, `outside_source`,
     `frame_of_reference`) where the segmentation has other voxels than the source.
     """
-    from pydicom import dcmread
+    series, grid = located(source)
+    parts = read_parts(path, series, threshold=threshold)
+    return volume_of(parts, grid, series.heights), tuple(label for label, _ in parts)
 
+
+def read_parts(
+    path: str | os.PathLike[str], source: Source, *, threshold: float = 0.5, wanted: Wanted = lambda _: True
+) -> list[Part]:
+    """Return the segments whose names are `wanted`, each with the flat indices into (slices, rows, columns).
+
+    Raises what `load_dicom_seg` raises.
+    """
     if not 0 < threshold <= 1:
         raise UsageError(f"The threshold is a share of a voxel, above 0 and up to 1; here it is {threshold}.")
     path = Path(path)
     series, grid = located(source)
     with parsing(path):
-        data = dcmread(path)
-        if data.get("Modality") != "SEG" or "SegmentSequence" not in data:
-            raise InputError("Expected a DICOM SEG; this is another object.", path=path, reason="not_seg")
+        data = read_object(path, "SEG", "SegmentSequence")
         check_frame_of_reference(str(data.get("FrameOfReferenceUID", "")), series, path)
-        table = tuple(_label(one) for one in data.SegmentSequence if one.SegmentNumber > 0)
-        places = _places(data, grid, threshold)
+        table = [_label(one) for one in data.SegmentSequence if one.SegmentNumber > 0]
+        table = [label for label in table if wanted(label.name)]
+        places = _places(data, grid, series.heights, threshold) if table else {}
     nowhere = [np.zeros(0, np.intp)]
-    return volume_of(
-        [(label, np.unique(np.concatenate(places.get(label.value, nowhere)))) for label in table], grid
-    ), table
+    return [(label, np.unique(np.concatenate(places.get(label.value, nowhere)))) for label in table]
 
 
 def _segmentation(regions: Regions, sources: list[Dataset], labelmap: bool, algorithm: str | None) -> Dataset:
@@ -191,7 +207,7 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
-    return SegmentDescription(
+    described = SegmentDescription(
         segment_number=number,
         segment_label=named(label.name),
         segmented_property_category=codes.SCT.AnatomicalStructure,
@@ -204,6 +220,10 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
         ),
         display_color=CIELabColor.from_string(label.color),
     )
+    if label.snomed is not None and label.snomed.laterality:
+        (kind,) = described.SegmentedPropertyTypeCodeSequence
+        kind.SegmentedPropertyTypeModifierCodeSequence = [CodedConcept(*SIDES[label.snomed.laterality])]
+    return described
 
 
 def _label(segment: Dataset) -> Label:
@@ -216,11 +236,17 @@ def _label(segment: Dataset) -> Label:
     (code,) = segment.get("SegmentedPropertyTypeCodeSequence") or [{}]
     snomed = None
     if code.get("CodingSchemeDesignator") == "SCT" and code.get("CodeValue"):
-        snomed = SnomedCode(value=str(code.CodeValue), meaning=str(code.get("CodeMeaning", "")))
+        modifiers = {str(one.get("CodeValue")) for one in code.get("SegmentedPropertyTypeModifierCodeSequence") or []}
+        sides = [side for side, (value, *_) in SIDES.items() if value in modifiers]
+        snomed = SnomedCode(
+            value=str(code.CodeValue),
+            meaning=str(code.get("CodeMeaning", "")),
+            laterality=sides[0] if len(sides) == 1 else None,
+        )
     return Label(value=number, name=str(segment.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
 
 
-def _places(data: Dataset, grid: Grid, threshold: float) -> Places:
+def _places(data: Dataset, grid: Grid, heights: Heights, threshold: float) -> Places:
     """Return for each segment the flat indices into (slices, rows, columns) that its frames cover."""
     kind = data.SegmentationType
     places: Places = defaultdict(list)
@@ -229,11 +255,13 @@ def _places(data: Dataset, grid: Grid, threshold: float) -> Places:
         row, column = np.nonzero(pixels >= least)
         if not row.size:
             continue
-        flat = _flat(column, row, _plane(groups), grid)
+        flat = _flat(column, row, _to_slices(_plane(groups), grid, heights), (*grid.shape[:2], len(heights)))
         if kind == "LABELMAP":
             values = pixels[row, column]
-            for value in np.unique(values).tolist():
-                places[value].append(flat[values == value])
+            order = np.argsort(values, kind="stable")
+            numbers, starts = np.unique(values[order], return_index=True)
+            for value, part in zip(numbers.tolist(), np.split(flat[order], starts[1:]), strict=True):
+                places[value].append(part)
         else:
             places[int(groups["SegmentIdentificationSequence"].ReferencedSegmentNumber)].append(flat)
     return places
@@ -275,9 +303,24 @@ def _plane(groups: dict[str, Any]) -> Affine:
     return plane
 
 
-def _flat(column: NDArray[np.intp], row: NDArray[np.intp], plane: Affine, grid: Grid) -> NDArray[np.intp]:
-    """Return the flat indices of pixels of a frame; each has to be a voxel of the grid."""
+def _to_slices(plane: Affine, grid: Grid, heights: Heights) -> NDArray[np.float64]:
+    """Return the matrix (3, 3) that takes (column, row, 1) of a frame to (i, j, number of the slice) of the source.
+
+    Frames across slices with irregular steps have none, and get one that leads nowhere.
+    """
     to_index = np.linalg.solve(grid.affine, plane)[:3][:, [0, 1, 3]]
+    if (heights == np.arange(len(heights))).all():
+        return np.asarray(to_index)
+    to_index[2, 2] = slice_numbers(np.asarray(to_index[2, 2:], dtype=np.float64), heights)[0]
+    if np.abs(to_index[2, :2]).max() > FRAME_TOLERANCE:
+        to_index[2] = np.inf
+    return np.asarray(to_index)
+
+
+def _flat(
+    column: NDArray[np.intp], row: NDArray[np.intp], to_index: NDArray[np.float64], shape: tuple[int, int, int]
+) -> NDArray[np.intp]:
+    """Return the flat indices of pixels of a frame; each has to be a voxel of the source, of this shape."""
     exact = np.round(to_index).astype(np.intp)
     corners = np.array([(0, 0, 1), (column.max(), row.max(), 1), (column.max(), row.min(), 1)])
     steps = np.abs(exact[:, :2])
@@ -288,9 +331,9 @@ def _flat(column: NDArray[np.intp], row: NDArray[np.intp], plane: Affine, grid: 
             reason="source_grid",
         )
     i, j, k = exact @ np.stack([column, row, np.ones_like(row)])
-    if min(i.min(), j.min(), k.min()) < 0 or (np.array([i.max(), j.max(), k.max()]) >= grid.shape).any():
+    if min(i.min(), j.min(), k.min()) < 0 or (np.array([i.max(), j.max(), k.max()]) >= shape).any():
         raise GeometryError(
             "Part of the SEG lies outside the source. Pass the whole series that it was made for.",
             reason="outside_source",
         )
-    return np.asarray((k * grid.shape[1] + j) * grid.shape[0] + i)
+    return np.asarray((k * shape[1] + j) * shape[0] + i)

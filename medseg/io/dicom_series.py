@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
-from medseg.io.dicom_slice import VARIANTS, Slice, read_headers, read_pixels
+from medseg.io.dicom_pixels import Native, read_pixels
+from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
 from medseg.io.files import reading
 from medseg.volume import Array, Grid, Volume
 
@@ -58,6 +59,15 @@ class Series:
             return "accepted"
         return "refused" if self.regular_grid is None else "repaired"
 
+    @property
+    def heights(self) -> NDArray[np.float64]:
+        """For each slice its k in what `read_series` gives: 0, 1, 2 ... but for slices with irregular steps."""
+        if self.grid is not None or self.regular_grid is None:
+            return np.arange(len(self.slices), dtype=np.float64)
+        origins = np.array([part.plane[:3, 3] for part in self.slices if part.plane is not None])
+        heights: NDArray[np.float64] = self.regular_grid.to_index(origins)[:, 2]
+        return heights
+
 
 def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     """Return every DICOM series at or below `folder`, read from headers only, each with a verdict.
@@ -73,9 +83,12 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     return [make_series(slices) for slices in groups.values()]
 
 
-def choose(folder: str | os.PathLike[str], series_uid: str | None = None) -> tuple[Series, Grid]:
+def choose(
+    folder: str | os.PathLike[str], series_uid: str | None = None, *, repaired: bool = False
+) -> tuple[Series, Grid]:
     """Return the one scan at or below `folder`, or the series named, with its grid; its pixels stay unread.
 
+    Of slices with irregular steps that is their regular grid where `repaired` is set; else they are refused.
     Raises what `read` raises for headers.
     """
     folder = Path(folder)
@@ -89,7 +102,8 @@ def choose(folder: str | os.PathLike[str], series_uid: str | None = None) -> tup
         if not found:
             raise UsageError("No series here has the series_uid that was asked for.", path=folder)
     scans = [series for series in found if series.refusal is None or series.refusal.reason not in NO_SCANS] or found
-    readable = [(series, series.grid) for series in scans if series.grid is not None]
+    grids = [(series, series.grid or (series.regular_grid if repaired else None)) for series in scans]
+    readable = [(series, grid) for series, grid in grids if grid is not None]
     if len(scans) > 1:
         raise SeriesRefused(
             f"Expected one series, found {len(scans)}, of which {len(readable)} can be read. "
@@ -97,9 +111,8 @@ def choose(folder: str | os.PathLike[str], series_uid: str | None = None) -> tup
             path=folder,
             reason="several_series",
         )
-    refusals = [series.refusal for series in scans if series.refusal is not None]
-    if refusals:
-        raise refusals[0]
+    if not readable:
+        raise scans[0].refusal or SeriesRefused("The series has no grid.")
     return readable[0]
 
 
@@ -125,18 +138,7 @@ def read_series(series: Series) -> Volume:
         return Volume(_voxels(series.slices), series.grid)
     if series.regular_grid is None:
         raise series.refusal or SeriesRefused("The series has no slices.")
-    return Volume(_interpolated(_voxels(series.slices), series.slices, series.regular_grid), series.regular_grid)
-
-
-def slice_places(series: Series) -> NDArray[np.intp]:
-    """Return for each slice of a series the k of the voxels nearest to it in what `read_series` gives.
-
-    That is 0, 1, 2 ... but for slices with irregular steps, which lie between those of the regular grid.
-    """
-    grid = series.regular_grid
-    if series.grid is not None or grid is None:
-        return np.arange(series.n_slices)
-    return np.rint(_heights(series.slices, grid)).astype(np.intp)
+    return Volume(_interpolated(_voxels(series.slices), series.heights, series.regular_grid), series.regular_grid)
 
 
 def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> str:
@@ -228,25 +230,32 @@ def _voxels(slices: Sequence[Slice]) -> Array:
     """Return the rescaled voxels (1, columns, rows, slices); in memory k varies slowest, as NIfTI stores it."""
     stored = _stored(slices)
     dtype = _dtype(slices, stored)
-    exact = np.int64 if dtype.kind == "i" else np.float64
     voxels = np.empty((len(slices), *stored[0].shape), dtype)
-    for k, (part, values) in enumerate(zip(slices, stored, strict=True)):
-        voxels[k] = values.astype(exact) * exact(part.slope) + exact(part.intercept)
+    for into, part, values in zip(voxels, slices, stored, strict=True):
+        if dtype.kind == "f":
+            into[...] = values.astype(np.float64) * part.slope + part.intercept
+        else:
+            # Whole numbers wrap around on the way: a result that fits comes out exact in any type.
+            slope, intercept = np.array([int(part.slope), int(part.intercept)]).astype(dtype)
+            whole = values.astype(dtype, copy=False)
+            np.add(whole if slope == 1 else whole * slope, intercept, out=into)
     return voxels.transpose(2, 1, 0)[None]
 
 
 def _stored(slices: Sequence[Slice]) -> list[Array]:
-    """Return the stored values of the slices; a file with many of them is read once."""
-    frames: dict[Path, list[int]] = {}
+    """Return the stored values of the slices; a file with many of them is opened once."""
+    frames: dict[tuple[Path, Native | None], list[int]] = {}
     for part in slices:
-        frames.setdefault(part.path, []).append(part.frame)
-    read = {path: dict(zip(wanted, read_pixels(path, wanted), strict=True)) for path, wanted in frames.items()}
+        frames.setdefault((part.path, part.native), []).append(part.frame)
+    read = {
+        path: dict(zip(wanted, read_pixels(path, wanted, native), strict=True))
+        for (path, native), wanted in frames.items()
+    }
     return [read[part.path][part.frame] for part in slices]
 
 
-def _interpolated(voxels: Array, slices: Sequence[Slice], grid: Grid) -> Array:
-    """Return voxels (1, I, J, K) of irregular slices at the slices of `grid`: linear, whole numbers stay whole."""
-    at = _heights(slices, grid)
+def _interpolated(voxels: Array, at: NDArray[np.float64], grid: Grid) -> Array:
+    """Return voxels (1, I, J, K) of slices `at` these k at the slices of `grid`: linear, whole numbers stay whole."""
     result = np.empty((*voxels.shape[:3], grid.shape[2]), voxels.dtype, order="F")
     for k in range(grid.shape[2]):
         behind = int(np.clip(np.searchsorted(at, k), 1, len(at) - 1))
@@ -254,13 +263,6 @@ def _interpolated(voxels: Array, slices: Sequence[Slice], grid: Grid) -> Array:
         mixed = (1 - share) * voxels[..., behind - 1] + share * voxels[..., behind]
         result[..., k] = mixed if voxels.dtype.kind == "f" else np.rint(mixed)
     return result
-
-
-def _heights(slices: Sequence[Slice], grid: Grid) -> NDArray[np.float64]:
-    """Return the k of each slice in `grid`, as a fraction."""
-    origins = np.array([part.plane[:3, 3] for part in slices if part.plane is not None])
-    heights: NDArray[np.float64] = grid.to_index(origins)[:, 2]
-    return heights
 
 
 def _dtype(slices: Sequence[Slice], stored: Sequence[Array]) -> np.dtype[np.generic]:

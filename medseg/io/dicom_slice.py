@@ -1,24 +1,18 @@
-"""Slices of DICOM files: what the header of each says, what forbids to read it, and its pixels."""
+"""Slices of DICOM files: what the header of each says, and what forbids to read it."""
 
 from __future__ import annotations
 
-import logging
 import math
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medseg.errors import SeriesRefused, UnreadableFile
+from medseg.errors import UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
-from medseg.io.dicom_header import Header, frame_headers
-from medseg.io.files import reading
-from medseg.volume import Affine, Array
+from medseg.io.dicom_header import Header, damage, frame_headers, parsing
+from medseg.io.dicom_pixels import Native, locate
+from medseg.volume import Affine
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -44,14 +38,12 @@ HEADER_TAGS = (
     *("Modality", "SeriesNumber", "SeriesDescription", "ContrastBolusAgent", *VARIANTS),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-    *("SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "HighBit"),
+    *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SpecificCharacterSet"),
 )
 
 NO_IMAGES = frozenset({"SEG", "RTDOSE"})
 """Modalities whose objects have pixels and are no scan."""
-
-CODECS = 'the decoders with: pip install "medseg[codecs]"'
 
 REFUSALS = {
     "not_an_image": "The files hold no scan but a segmentation, contours, a dose, a report or the like.",
@@ -72,6 +64,7 @@ class Slice:
 
     `frame` counts from 0 in the file and is 0 where the file has but one. `shape` is (columns, rows). `plane`, if
     known, takes (column, row, 0) of a pixel to RAS+ mm. `slope` and `intercept` make real values of the stored ones.
+    `native` says where they lie in the file, None where they have to be decoded.
     """
 
     path: Path
@@ -92,6 +85,7 @@ class Slice:
     slope: float
     intercept: float
     problem: Problem | None
+    native: Native | None
 
 
 def read_headers(path: Path) -> list[Slice]:
@@ -104,9 +98,9 @@ def read_headers(path: Path) -> list[Slice]:
     from pydicom.errors import InvalidDicomError
     from pydicom.uid import MediaStorageDirectoryStorage
 
-    with parsing(path):
+    with parsing(path), path.open("rb") as file:
         try:
-            data = dcmread(path, stop_before_pixels=True, specific_tags=[*_tags().values()])
+            data = dcmread(file, stop_before_pixels=True, specific_tags=[*_tags().values()])
         except InvalidDicomError:
             return []
         if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
@@ -114,8 +108,8 @@ def read_headers(path: Path) -> list[Slice]:
         if "SeriesInstanceUID" not in data and "Rows" not in data:
             raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
         headers = frame_headers(data)
-        description = _described(data)
-        return [_slice(path, frame, header, description) for frame, header in enumerate(headers)]
+        description, native = _described(data), locate(file, data, headers[0])
+        return [_slice(path, frame, header, description, native) for frame, header in enumerate(headers)]
 
 
 def read_study_uid(path: Path) -> str | None:
@@ -147,69 +141,6 @@ def read_study_uid(path: Path) -> str | None:
         return str(data.get("StudyInstanceUID") or "")
 
 
-def read_pixels(path: Path, frames: Sequence[int] = (0,)) -> list[Array]:
-    """Return the stored values (rows, columns) of frames of a file, unused bits cleared and the sign extended.
-
-    Nothing is rescaled. The values of MONOCHROME1 are left as they are, too: it asks to show them inverted, and says
-    nothing about what they mean (PS3.3 C.7.6.3.1.2).
-    Raises SeriesRefused where a decoder is not installed, UnreadableFile where pixels are missing or damaged.
-    """
-    from pydicom import dcmread
-    from pydicom.pixels.utils import iter_pixels
-
-    with parsing(path):
-        data = dcmread(BytesIO(path.read_bytes()), force=True)
-        syntax = data.file_meta.TransferSyntaxUID
-        if not _has_decoder(syntax):
-            raise SeriesRefused(
-                f"The pixels are compressed ({syntax.name}) and no installed package decodes that. Install {CODECS}.",
-                path=path,
-                reason="compressed_no_codec",
-            )
-        return [*iter_pixels(data, raw=True, indices=[*frames])]
-
-
-@contextmanager
-def parsing(path: Path) -> Iterator[None]:
-    """Turn what pydicom raises into UnreadableFile, and keep it silent."""
-    try:
-        with reading(path), silence():
-            yield
-    except damage() as error:
-        raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path) from error
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep the warnings and logs of the DICOM libraries from quoting headers."""
-    log = logging.getLogger("pydicom")
-    nothing = logging.Filter("no such logger")
-    log.addFilter(nothing)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.removeFilter(nothing)
-
-
-def damage() -> tuple[type[Exception], ...]:
-    """Return what pydicom and its decoders raise, besides OSError and the like, for files that break the standard."""
-    from pydicom.errors import BytesLengthException
-
-    usual = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error)
-    return (*usual, BytesLengthException)
-
-
-def _has_decoder(syntax: str) -> bool:
-    from pydicom.pixels.decoders.base import get_decoder
-
-    try:
-        return bool(get_decoder(syntax).is_available)
-    except NotImplementedError:
-        return False
-
-
 @cache
 def _tags() -> dict[str, BaseTag]:
     """Return the tags of a header, as pydicom wants them."""
@@ -227,7 +158,7 @@ def _described(data: Dataset) -> str:
         return ""
 
 
-def _slice(path: Path, frame: int, header: Header, description: str) -> Slice:
+def _slice(path: Path, frame: int, header: Header, description: str, native: Native | None) -> Slice:
     thicknesses = (header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
     plane = _plane(header)
     return Slice(
@@ -249,6 +180,7 @@ def _slice(path: Path, frame: int, header: Header, description: str) -> Slice:
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
         problem=_problem(header, placed=plane is not None),
+        native=native,
     )
 
 

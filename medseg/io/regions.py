@@ -5,7 +5,7 @@ One channel is a label map. Several channels are masks, one for each label of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,15 @@ from medseg.errors import GeometryError, InputError, UsageError
 from medseg.io.dicom_geometry import POSITION_TOLERANCE_MM
 from medseg.labels import Label, complete, label_map
 from medseg.volume import Grid, Volume
+
+Heights = NDArray[np.float64]
+"""The k of each slice of a series in its grid, as `Series.heights` says."""
+
+Wanted = Callable[[str], bool]
+"""Whether a structure of this name is to be read."""
+
+Part = tuple[Label, NDArray[np.integer[Any]]]
+"""A label, and where it is: flat indices into (slices, rows, columns)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +54,16 @@ def on_grid(labels: Volume, grid: Grid) -> Volume:
     )
 
 
-def regions_of(labels: Volume, table: Sequence[Label]) -> Regions:
+def regions_of(labels: Volume, table: Sequence[Label], heights: Heights | None = None) -> Regions:
     """Return what is found of a label map or, from several channels, of one mask for each label of the table.
 
-    Values that the table does not know are called "label N". Raises InputError (`not_labels`) for voxels that are no
-    labels, UsageError for a table that does not fit the channels.
+    `heights` are the k of the slices, which take the labels nearest to them; without, each k is a slice. Values that
+    the table does not know are called "label N". Raises InputError (`not_labels`) for voxels that are no labels,
+    UsageError for a table that does not fit the channels.
     """
+    if heights is not None and not _even(heights, labels.grid):
+        nearest = labels.array[..., np.rint(heights).astype(np.intp)]
+        labels = Volume(nearest, Grid((*labels.grid.shape[:2], len(heights)), labels.grid.affine))
     if len(labels.array) == 1:
         return _numbered(label_map(labels).transpose(2, 1, 0), table)
     names = tuple(table) or complete((), range(1, len(labels.array) + 1))
@@ -67,12 +80,16 @@ def regions_of(labels: Volume, table: Sequence[Label]) -> Regions:
     return Regions(tuple(names[place] for place in found), stacked)
 
 
-def volume_of(parts: Sequence[tuple[Label, NDArray[np.integer[Any]]]], grid: Grid) -> Volume:
+def volume_of(parts: Sequence[Part], grid: Grid, heights: Heights | None = None) -> Volume:
     """Return the labels at the given places, which are flat indices into (slices, rows, columns), each at most once.
 
-    A label map where no two labels meet, else one mask for each label.
+    A label map where no two labels meet, else one mask for each label. `heights` are the k of the slices in `grid`,
+    each k of which takes the slice nearest to it; without, each k is a slice.
     """
     i, j, k = grid.shape
+    uneven = heights is not None and not _even(heights, grid)
+    if heights is not None and uneven:
+        k = len(heights)
     highest = max((label.value for label, _ in parts), default=0)
     values = np.zeros(i * j * k, _dtype(highest))
     for label, places in parts:
@@ -82,7 +99,27 @@ def volume_of(parts: Sequence[tuple[Label, NDArray[np.integer[Any]]]], grid: Gri
         arrays = [np.zeros(i * j * k, np.uint8) for _ in parts]
         for mask, (_, places) in zip(arrays, parts, strict=True):
             mask[places] = 1
-    return Volume(np.stack([array.reshape(k, j, i).transpose(2, 1, 0) for array in arrays]), grid)
+    frames = [array.reshape(k, j, i) for array in arrays]
+    if heights is not None and uneven:
+        nearest = np.abs(np.arange(grid.shape[2])[:, None] - heights).argmin(axis=1)
+        frames = [frame[nearest] for frame in frames]
+    return Volume(np.stack([frame.transpose(2, 1, 0) for frame in frames]), grid)
+
+
+def slice_numbers(k: NDArray[np.float64], heights: Heights) -> NDArray[np.float64]:
+    """Return the numbers of slices at these k as fractions, where `heights` are the k of all slices in order.
+
+    Beyond the ends it goes on in the steps of the ends.
+    """
+    if len(heights) < 2:
+        return k
+    numbers = np.interp(k, heights, np.arange(len(heights)))
+    numbers += np.minimum(0, k - heights[0]) / (heights[1] - heights[0])
+    return np.asarray(numbers + np.maximum(0, k - heights[-1]) / (heights[-1] - heights[-2]))
+
+
+def _even(heights: Heights, grid: Grid) -> bool:
+    return len(heights) == grid.shape[2] and bool((heights == np.arange(len(heights))).all())
 
 
 def _numbered(frames: NDArray[np.integer[Any]], table: Sequence[Label]) -> Regions:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError
+from medseg.errors import GeometryError
 from medseg.io.contours import Polygon, fill, trace
 from medseg.io.dicom_geometry import LPS_TO_RAS
+from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
     PATIENT_AND_STUDY,
     UTF8,
@@ -33,11 +35,12 @@ from medseg.io.dicom_references import (
     lps,
     named,
     now,
+    read_object,
     referring,
 )
-from medseg.io.dicom_slice import Slice, parsing
+from medseg.io.dicom_slice import Slice
 from medseg.io.files import written_whole
-from medseg.io.regions import Regions, on_grid, regions_of, volume_of
+from medseg.io.regions import Heights, Part, Regions, Wanted, on_grid, regions_of, slice_numbers, volume_of
 from medseg.labels import PALETTE, Label
 from medseg.volume import Grid, Volume
 
@@ -80,7 +83,7 @@ def save_rtstruct(
     raises.
     """
     series, grid = located(source)
-    return write(regions_of(on_grid(labels, grid), table), series.slices, path, algorithm=algorithm)
+    return write(regions_of(on_grid(labels, grid), table, series.heights), series.slices, path, algorithm=algorithm)
 
 
 def write(
@@ -113,19 +116,41 @@ def load_rtstruct(path: str | os.PathLike[str], *, source: Source) -> tuple[Volu
     files, GeometryError where the frame of reference is another (`frame_of_reference`) or all contours lie outside
     (`outside_source`).
     """
-    from pydicom import dcmread
+    series, grid = located(source)
+    parts, found = read_parts(path, series)
+    _report(found, Path(path))
+    return volume_of(parts, grid, series.heights), tuple(label for label, _ in parts)
 
+
+def read_parts(
+    path: str | os.PathLike[str], source: Source, *, wanted: Wanted = lambda _: True
+) -> tuple[list[Part], Counter[str]]:
+    """Return the structures whose names are `wanted`, each with the flat indices into (slices, rows, columns).
+
+    Beside them, how many contours were used, taken to the nearest slice ("between"), or LEFT_OUT for which reason.
+    Raises what `load_rtstruct` raises, but for contours that lie outside.
+    """
     path = Path(path)
     series, grid = located(source)
     with parsing(path):
-        data = dcmread(path)
-        if data.get("Modality") != "RTSTRUCT" or "StructureSetROISequence" not in data:
-            raise InputError("Expected an RT Structure Set; this is another object.", path=path, reason="not_rtstruct")
+        data = read_object(path, "RTSTRUCT", "StructureSetROISequence")
         for roi in data.StructureSetROISequence:
             check_frame_of_reference(str(roi.get("ReferencedFrameOfReferenceUID") or ""), series, path)
-        parts, found = _parts(data, grid)
-    _report(found, path)
-    return volume_of(parts, grid), tuple(label for label, _ in parts)
+        return _parts(data, _Slices(grid, series.heights), wanted)
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Where contours go: the slices of a series at these k of its grid."""
+
+    grid: Grid
+    heights: Heights
+
+    def index(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return (i, j, number of the slice) of points in LPS mm."""
+        index = self.grid.to_index(points @ LPS_TO_RAS[:3, :3])
+        index[:, 2] = slice_numbers(index[:, 2], self.heights)
+        return index
 
 
 def _structure_set(labels: Sequence[Label], sources: Sequence[Dataset], algorithm: str | None) -> Dataset:
@@ -248,13 +273,13 @@ def _contour(points: NDArray[np.float64], image: Dataset) -> Dataset:
     return contour
 
 
-def _parts(data: Dataset, grid: Grid) -> tuple[list[tuple[Label, NDArray[np.intp]]], Counter[str]]:
+def _parts(data: Dataset, slices: _Slices, wanted: Wanted) -> tuple[list[Part], Counter[str]]:
     """Return each structure with the flat indices into (slices, rows, columns) it covers, and what was met."""
     drawn = {int(one.ReferencedROINumber): one for one in data.get("ROIContourSequence") or []}
     numbers = [int(roi.ROINumber) for roi in data.StructureSetROISequence]
     usable = min(numbers) > 0 and len(set(numbers)) == len(numbers)
     found: Counter[str] = Counter()
-    parts = []
+    parts: list[Part] = []
     for place, (number, roi) in enumerate(zip(numbers, data.StructureSetROISequence, strict=True), start=1):
         own = drawn.get(number)
         value = number if usable else place
@@ -262,22 +287,23 @@ def _parts(data: Dataset, grid: Grid) -> tuple[list[tuple[Label, NDArray[np.intp
         if own is not None and own.get("ROIDisplayColor"):
             color = "#" + bytes(min(max(int(part), 0), 255) for part in own.ROIDisplayColor).hex()
         label = Label(value=value, name=str(roi.get("ROIName") or f"label {value}"), color=color)
-        parts.append((label, _covered(own.get("ContourSequence") or [] if own else [], grid, found)))
+        if wanted(label.name):
+            parts.append((label, _covered(own.get("ContourSequence") or [] if own else [], slices, found)))
     return parts, found
 
 
-def _covered(contours: Sequence[Dataset], grid: Grid, found: Counter[str]) -> NDArray[np.intp]:
+def _covered(contours: Sequence[Dataset], slices: _Slices, found: Counter[str]) -> NDArray[np.intp]:
     planes: dict[tuple[int, float], list[Polygon]] = defaultdict(list)
     for contour in contours:
         points = _points(contour)
-        index = grid.to_index(points @ LPS_TO_RAS[:3, :3])
+        index = slices.index(points)
         height = float(index[:, 2].mean()) if len(index) else 0.0
         k = round(height)
-        kind = _kind(contour, index, k, grid)
+        kind = _kind(contour, index, k, len(slices.heights))
         found[kind] += 1
         if kind not in LEFT_OUT:
             planes[k, round(height, 2)].append(index[:, :2])
-    covered = [_inside(polygons, k, grid) for (k, _), polygons in planes.items()]
+    covered = [_inside(polygons, k, slices.grid) for (k, _), polygons in planes.items()]
     return np.unique(np.concatenate(covered)) if covered else np.zeros(0, np.intp)
 
 
@@ -288,12 +314,12 @@ def _points(contour: Dataset) -> NDArray[np.float64]:
     return np.array(numbers, dtype=np.float64).reshape(-1, 3)
 
 
-def _kind(contour: Dataset, index: NDArray[np.float64], k: int, grid: Grid) -> str:
+def _kind(contour: Dataset, index: NDArray[np.float64], k: int, count: int) -> str:
     if contour.get("ContourGeometricType") not in CLOSED or len(index) < 3:
         return "open"
     if np.ptp(index[:, 2]) > BETWEEN_SLICES:
         return "askew"
-    if not 0 <= k < grid.shape[2]:
+    if not 0 <= k < count:
         return "outside"
     return "between" if abs(index[:, 2].mean() - k) > BETWEEN_SLICES else "used"
 

@@ -2,6 +2,7 @@
 
 A bundle's configuration is a program: it names classes, and text that begins with `$` is Python. Here it is data. The
 parts that segmenting needs are compared with what is listed below; the rest is not looked at, and nothing is evaluated.
+Of text that begins with `$`, `monai_text` says what is read.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from medseg.labels import make_labels
 from medseg.model import monai_steps as steps
 from medseg.model.imported import Imported, unsupported
 from medseg.model.monai_kinds import MonaiDynUNet, MonaiNetwork, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
+from medseg.model.monai_text import Unreadable, read_text
 from medseg.model.plan import Channel, Plan, Region
 from medseg.model.stored import first_problem
 from medseg.model.untrusted import checksum, read_checkpoint, read_json, read_yaml, weights_in
 
 INFERENCE = ("configs/inference.json", "configs/inference.yaml", "configs/inference.yml")
-WEIGHTS = ("models/model.pt", "models/model.ts")
+WEIGHTS = "models/*.pt"
+SCRIPTS = "models/*.ts"
 
 NETWORKS: dict[str, type[MonaiNetwork]] = {
     "UNet": MonaiUNet,
@@ -92,7 +95,7 @@ class _Config:
             return {key: self.literal(part, f"{place}#{key}", depth + 1) for key, part in kept.items()}
         if isinstance(value, list):
             return [self.literal(part, f"{place}#{number}", depth + 1) for number, part in enumerate(value)]
-        if isinstance(value, str) and value.startswith(("$", "@", "%")):
+        if _points(value):
             return self.literal(self._referred(value, place), place, depth + 1)
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -100,9 +103,7 @@ class _Config:
 
     def component(self, value: Any, place: str) -> tuple[str, dict[str, Any]]:
         """Return the name of a class of MONAI that a value describes, and its keywords, not yet looked at."""
-        for _ in range(DEEPEST):
-            if isinstance(value, str) and value.startswith(("$", "@", "%")):
-                value = self._referred(value, place)
+        value = self._followed(value, place)
         target = value.get("_target_") if isinstance(value, dict) else None
         if not isinstance(target, str):
             raise ModelError(f"The configuration of the bundle has no component at {place}.", reason="unsupported")
@@ -114,7 +115,7 @@ class _Config:
     def transforms(self, key: str) -> list[tuple[str, dict[str, Any], str]]:
         """Return name, keywords and place of each transform of a Compose that is not disabled."""
         name, keywords = self.component(self.content.get(key), key)
-        listed = keywords.pop("transforms", None)
+        listed = self._followed(keywords.pop("transforms", None), key)
         if name != "Compose" or not isinstance(listed, list) or set(keywords) - IGNORED:
             raise unsupported(f"component at {key}", name)
         found = []
@@ -125,22 +126,40 @@ class _Config:
                 found.append((re.sub("(d|D|Dict)$", "", step), settings, f"{step} at {place}"))
         return found
 
+    def _followed(self, value: Any, place: str) -> Any:
+        """Return a value or, of a reference, what it points at in the end."""
+        for _ in range(DEEPEST):
+            if not _points(value):
+                return value
+            value = self._referred(value, place)
+        raise ModelError("The configuration of the bundle refers to itself.", reason="unsafe")
+
     def _referred(self, text: str, place: str) -> Any:
-        """Return what a reference such as "@a#b" points at. Raises ModelError for any other expression."""
-        match = re.fullmatch(r"\$?@([\w#:]+)", text)
+        """Return what a text that begins with @ or $ stands for. Raises ModelError where that is no plain value."""
+        try:
+            return read_text(text, lambda reference: self._at(reference, place))
+        except RecursionError as error:
+            raise ModelError("The configuration of the bundle refers to itself.", reason="unsafe") from error
+        except (Unreadable, LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"The configuration of the bundle has an expression at {place}, which medseg never evaluates. "
+                "Plain values, and references to them, are read.",
+                reason="unsafe",
+            ) from error
+
+    def _at(self, reference: str, place: str) -> Any:
+        """Return the value that a reference such as "@a#b" points at. Raises LookupError where there is none."""
+        self.left -= 1
+        if self.left < 0:
+            raise ModelError("The configuration of the bundle is too large, or refers to itself.", reason="unsafe")
         value: Any = self.content
-        for part in re.split("#|::", match[1]) if match else [""]:
-            if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-                value = value[int(part)]
-            elif isinstance(value, dict) and part in value:
-                value = value[part]
-            else:
-                raise ModelError(
-                    f"The configuration of the bundle has an expression at {place}, which medseg never evaluates. "
-                    "Plain values, and references to them, are read.",
-                    reason="unsafe",
-                )
-        return value
+        for part in re.split("#|::", reference[1:]):
+            value = value[int(part)] if isinstance(value, list) and part.isdecimal() else dict(value or {})[part]
+        return self._followed(value, place)
+
+
+def _points(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("$", "@", "%"))
 
 
 def _plan(config: _Config, metadata: dict[str, Any], orientation: str | None) -> Plan:
@@ -220,17 +239,23 @@ def _channels(metadata: dict[str, Any], side: str, key: str, count: int) -> list
 
 
 def _weights_file(folder: Path) -> Path:
-    weights, script = (folder / name for name in WEIGHTS)
-    if not weights.is_file():
-        if script.is_file():
+    """Return models/model.pt, or the one .pt file in models that has another name."""
+    found = sorted(folder.glob(WEIGHTS))
+    usual = [file for file in found if file.name == "model.pt"]
+    if not usual and len(found) != 1:
+        if not found and any(folder.glob(SCRIPTS)):
             raise ModelError(
-                "The bundle has its weights as TorchScript alone, models/model.ts, which is a program. medseg reads "
+                "The bundle has its weights as TorchScript alone, models/*.ts, which is a program. medseg reads "
                 "the state dict models/model.pt.",
                 path=folder,
                 reason="unsupported",
             )
-        raise ModelError("The bundle has no weights: models/model.pt is missing.", path=folder)
-    return weights
+        raise ModelError(
+            f"The bundle has {len(found)} files of weights, models/*.pt, and none is models/model.pt. Leave the one to "
+            "import there.",
+            path=folder,
+        )
+    return usual[0] if usual else found[0]
 
 
 def _renamed(name: str) -> str | None:

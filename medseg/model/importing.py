@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
-from medseg.model.import_monai import INFERENCE, WEIGHTS, is_bundle, read_bundle
+from medseg.model.import_monai import INFERENCE, is_bundle, read_bundle
 from medseg.model.import_nnunet import POSTPROCESSING, is_nnunet, read_nnunet
 from medseg.model.imported import Imported
 from medseg.model.networks import build_network
@@ -88,7 +88,7 @@ def _opened(source: Path) -> Iterator[Path]:
 
 def _wanted(name: str) -> bool:
     described = name.endswith(("plans.json", "dataset.json", "metadata.json", POSTPROCESSING, *INFERENCE))
-    return described or "/checkpoint_" in name or name.endswith(WEIGHTS)
+    return described or "/checkpoint_" in name or ("models/" in name and name.endswith((".pt", ".ts")))
 
 
 def _chosen(source: Path, configuration: str | None) -> Path:

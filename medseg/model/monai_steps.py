@@ -10,14 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medseg.model.imported import unsupported
 from medseg.model.plan import Count, Length, Resampling, Share, Tiling, Triple
-from medseg.process.normalize import CTNormalization, NonzeroZScore, Normalization, ZScore
+from medseg.process.normalize import Chain, CTNormalization, NonzeroZScore, Normalization, Rescale, Step, ZScore
 
 SPEED = {"sw_batch_size", "progress", "cache_roi_weight_map", "cpu_thresh", "buffer_steps", "buffer_dim"}
 """Keywords of MONAI's inferer that change how fast it is and not what it finds."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Key = str | Annotated[list[str], Field(min_length=1, max_length=1)]
-Float = Literal["float32", "float64", "torch.float32", "torch.float64"]
+Float = Literal[
+    "float32", "float64", "torch.float32", "torch.float64", "np.float32", "np.float64", "numpy.float32", "numpy.float64"
+]
 
 
 class Ends(BaseModel):
@@ -102,6 +104,22 @@ class NormalizeIntensity(_Step):
     dtype: Float | None = "float32"
 
 
+class ScaleIntensity(_Step):
+    """ScaleIntensity: the image's smallest intensity becomes minv and its largest maxv."""
+
+    minv: Number = 0.0
+    maxv: Number = 1.0
+    factor: None = None
+    channel_wise: bool = False
+    dtype: Float | None = "float32"
+
+
+class CastToType(_Step):
+    """CastToType, to what everything is computed in."""
+
+    dtype: Literal["float32", "torch.float32", "np.float32", "numpy.float32"] = "float32"
+
+
 class Activations(_Step):
     """Activations."""
 
@@ -133,7 +151,12 @@ BEFORE: dict[str, type[BaseModel] | None] = {
     "Spacing": Spacing,
     "ScaleIntensityRange": ScaleIntensityRange,
     "NormalizeIntensity": NormalizeIntensity,
+    "ScaleIntensity": ScaleIntensity,
+    "CastToType": CastToType,
 }
+
+TYPES = ("LoadImage", "EnsureChannelFirst", "EnsureType", "CastToType")
+SCALINGS = ("ScaleIntensityRange", "NormalizeIntensity", "ScaleIntensity")
 
 AFTER: dict[str, type[BaseModel] | None] = {
     "EnsureType": EnsureType,
@@ -153,7 +176,7 @@ class SlidingWindow(BaseModel):
     overlap: Share | tuple[Share, Share, Share] = 0.25
     mode: Literal["gaussian", "constant"] = "constant"
     sigma_scale: Annotated[float, Field(ge=0.125, le=0.125)] = 0.125
-    padding_mode: Literal["constant"] = "constant"
+    padding_mode: Literal["constant", "replicate"] = "constant"
     cval: Annotated[float, Field(ge=0, le=0)] = 0
     roi_weight_map: None = None
     with_coord: Literal[False] = False
@@ -167,7 +190,8 @@ class SlidingWindow(BaseModel):
     def tiling(self) -> Tiling:
         """Where tiles lie."""
         overlap = self.overlap if isinstance(self.overlap, tuple) else (self.overlap,) * 3
-        return Tiling(overlap=overlap, blend=self.mode)
+        padding: Literal["zeros", "edge"] = "edge" if self.padding_mode == "replicate" else "zeros"
+        return Tiling(overlap=overlap, blend=self.mode, padding=padding)
 
 
 @dataclass(frozen=True)
@@ -192,10 +216,12 @@ class After:
 
 def preprocessing(found: Sequence[tuple[str, Any]], channels: int) -> Before:
     """Return what a list of transforms comes to. Raises ModelError for an order or a repetition that medseg has not."""
-    names = [name for name, _ in found if name not in ("LoadImage", "EnsureChannelFirst", "EnsureType")]
-    scalings = [name for name in names if name in ("ScaleIntensityRange", "NormalizeIntensity")]
-    order = [name for name in names if name not in scalings]
-    if len(scalings) > 1 or order not in ([], ["Orientation"], ["Spacing"], ["Orientation", "Spacing"]):
+    names = [name for name, _ in found if name not in TYPES]
+    scalings = [step for name, step in found if name in SCALINGS]
+    order = [name for name in names if name not in SCALINGS]
+    places = [place for place, name in enumerate(names) if name in SCALINGS]
+    apart = places != list(range(len(names)))[places[0] : places[-1] + 1] if places else False
+    if apart or order not in ([], ["Orientation"], ["Spacing"], ["Orientation", "Spacing"]):
         raise unsupported("order of transforms", ", ".join(names))
     chosen = dict(found)
     turn, spacing = chosen.get("Orientation"), chosen.get("Spacing")
@@ -204,13 +230,12 @@ def preprocessing(found: Sequence[tuple[str, Any]], channels: int) -> Before:
         orientation = "RAS" if turn.as_closest_canonical else turn.axcodes
     lengths = (1.0,) if spacing is None else spacing.pixdim if isinstance(spacing.pixdim, list) else (spacing.pixdim,)
     i, j, k = (*lengths, *(lengths[-1],) * 3)[:3]
-    scaling = chosen[scalings[0]] if scalings else None
     return Before(
         orientation=orientation,
         spacing_mm=(i, j, k),
         resampling=None if spacing is None else Resampling(method="corners", order=1),
-        normalizations=_normalizations(scaling, channels),
-        normalize_first=bool(scalings and spacing) and names.index(scalings[0]) < names.index("Spacing"),
+        normalizations=_normalizations(scalings, channels),
+        normalize_first=bool(scalings and spacing) and places[0] < names.index("Spacing"),
     )
 
 
@@ -237,13 +262,22 @@ def postprocessing(found: Sequence[tuple[str, Any]]) -> After:
     return After(regions, nearest, "softmax" if activation.softmax else "sigmoid")
 
 
-def _normalizations(
-    scaling: ScaleIntensityRange | NormalizeIntensity | None, channels: int
-) -> tuple[Normalization, ...]:
-    if scaling is None:
+def _normalizations(scalings: Sequence[Any], channels: int) -> tuple[Normalization, ...]:
+    """Return the normalization of each channel, which several transforms in a row come to."""
+    if not scalings:
         return (CTNormalization(mean=0, std=1),) * channels
+    rows = list(zip(*(_scaled(scaling, channels) for scaling in scalings), strict=True))
+    return tuple(row[0] if len(row) == 1 else Chain(steps=row) for row in rows)
+
+
+def _scaled(scaling: ScaleIntensityRange | NormalizeIntensity | ScaleIntensity, channels: int) -> tuple[Step, ...]:
+    """Return what one transform does to each channel."""
     if isinstance(scaling, ScaleIntensityRange):
         return (_from_range(scaling),) * channels
+    if isinstance(scaling, ScaleIntensity):
+        if channels > 1 and not scaling.channel_wise:
+            raise unsupported("setting of ScaleIntensity", "channel_wise=False over several channels")
+        return (Rescale(lowest=scaling.minv, highest=scaling.maxv),) * channels
     subtrahend, divisor = scaling.subtrahend, scaling.divisor
     if subtrahend is None and divisor is None:
         if channels > 1 and not scaling.channel_wise:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medseg.model.monai_kinds import MonaiNetwork, build_monai
 from medseg.model.plan import Network, Triple
@@ -95,7 +98,39 @@ class _Convolution(nn.Module):
         self.active = _leaky_relu() if active else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.active(self.norm(self.conv(image)))  # type: ignore[no-any-return]
+        image = self.conv(image)
+        if self.training and image.device.type == "cpu" and not isinstance(self.active, nn.Identity):
+            return _NormalizedActive.apply(image, self.norm.weight, self.norm.bias, self.norm.eps)  # type: ignore[no-any-return,no-untyped-call]
+        return self.active(self.norm(image))  # type: ignore[no-any-return]
+
+
+class _NormalizedActive(torch.autograd.Function):
+    """Group normalization of single channels and a leaky ReLU, for training in channels-last memory on a CPU.
+
+    Torch's own backward pass reads this layout out of order and takes twice as long: a sixth of a step of training.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        batch, channels, *size = image.shape
+        out, mean, rstd = torch.native_group_norm(image, weight, bias, batch, channels, math.prod(size), channels, eps)
+        out = functional.leaky_relu_(out, SLOPE)
+        ctx.save_for_backward(image, weight, mean, rstd, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight, mean, rstd, out = ctx.saved_tensors
+        gradient = torch.ops.aten.leaky_relu_backward(gradient, out, SLOPE, True)
+        rows, rows_of_image = (tensor.movedim(1, -1).flatten(1, -2) for tensor in (gradient, image))
+        total = rows.sum(dim=1)
+        along = ((rows * rows_of_image).sum(dim=1) - mean * total) * rstd
+        # d out / d image = weight * rstd * (gradient - its mean - normalized image * mean of their product)
+        scale = weight * rstd
+        slope = -scale * rstd * along / rows.shape[1]
+        offset = -scale * total / rows.shape[1] - slope * mean
+        scale, slope, offset = (part[..., None, None, None] for part in (scale, slope, offset))
+        return torch.addcmul(offset, image, slope).addcmul_(gradient, scale), along.sum(0), total.sum(0), None
 
 
 class _Residual(nn.Module):

@@ -19,12 +19,16 @@ Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Channel(BaseModel):
-    """One input image: its name ("T1", "CT") and how its intensities are normalized."""
+    """One input image: its name ("T1", "CT") and how its intensities are normalized.
+
+    With `bias_correction` the field of the coils is taken out before anything else (`process.bias`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     normalization: Normalization
+    bias_correction: Literal["n4"] | None = None
 
 
 class Network(BaseModel):
@@ -99,13 +103,15 @@ class Resampling(BaseModel):
 class Tiling(BaseModel):
     """How MONAI lays tiles, every so many voxels from the start on: `overlap` is the share that neighbors share.
 
-    `blend` says what a tile counts by where several lie: a "gaussian", or as much everywhere ("constant").
+    `blend` says what a tile counts by where several lie: a "gaussian", or as much everywhere ("constant"). A small
+    image is brought to the size of a tile by zeros or, with `padding` "edge", by its outermost voxels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     overlap: tuple[Share, Share, Share]
     blend: Literal["gaussian", "constant"]
+    padding: Literal["zeros", "edge"] = "zeros"
 
 
 class Region(BaseModel):

@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from medseg.errors import InputError
 from medseg.model.plan import Plan
+from medseg.process.bias import correct_bias
 from medseg.process.corners import corner_grid
 from medseg.process.normalize import ZScore, normalize
 from medseg.process.resample import finite_float32, resample
@@ -46,6 +47,7 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
             "give one file per channel, in that order.",
             reason="channels",
         )
+    volume = correct_bias(volume, tuple(channel.bias_correction == "n4" for channel in plan.channels))
     grid = network_grid(volume.grid, plan)
     schemes = [channel.normalization for channel in plan.channels]
     mask = None

@@ -166,9 +166,11 @@ class Model:
     ) -> tuple[int, Iterator[tuple[int, Tensor]]]:
         """Return the streamed axis and the finished rows of logits, without the padding that brings it to the patch."""
         padding = padding_to(prepared.grid.shape, self.plan.patch)
-        image = torch.from_numpy(np.pad(prepared.array, ((0, 0), *padding)))
+        tiling = self.plan.tiling
+        mode: Any = "edge" if tiling and tiling.padding == "edge" else "constant"
+        image = torch.from_numpy(np.pad(prepared.array, ((0, 0), *padding), mode))
         _, i, j, k = image.shape
-        shape, tiling = (i, j, k), self.plan.tiling
+        shape = (i, j, k)
         if tiling and step is None:
             window = Window.tiled(shape, self.plan.patch, tiling)
         else:

@@ -43,11 +43,13 @@ class ZScore(BaseModel):
 
 
 class Rescale(BaseModel):
-    """Map the image's own smallest intensity to 0 and its largest to 1."""
+    """Map the image's own smallest intensity to `lowest` and its largest to `highest`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rescale"] = "rescale"
+    lowest: float = 0.0
+    highest: float = 1.0
 
 
 class NonzeroZScore(BaseModel):
@@ -62,7 +64,19 @@ class NonzeroZScore(BaseModel):
     kind: Literal["nonzero_zscore"] = "nonzero_zscore"
 
 
-Scheme = CTNormalization | ZScore | Rescale | NonzeroZScore
+Step = CTNormalization | ZScore | Rescale | NonzeroZScore
+
+
+class Chain(BaseModel):
+    """One normalization after another."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["chain"] = "chain"
+    steps: tuple[Annotated[Step, Field(discriminator="kind")], ...] = Field(min_length=2)
+
+
+Scheme = Step | Chain
 Normalization = Annotated[Scheme, Field(discriminator="kind")]
 
 
@@ -75,7 +89,11 @@ def normalize(
     """
     result = np.empty_like(array)
     for channel, scheme, out in zip(array, schemes, result, strict=True):
-        if isinstance(scheme, CTNormalization):
+        if isinstance(scheme, Chain):
+            out[...] = channel
+            for step in scheme.steps:
+                out[...] = normalize(out[None], [step], mask)[0]
+        elif isinstance(scheme, CTNormalization):
             low = -np.inf if scheme.lower is None else scheme.lower
             np.clip(channel, low, np.inf if scheme.upper is None else scheme.upper, out=out)
             np.subtract(out, scheme.mean, out=out)
@@ -83,6 +101,9 @@ def normalize(
         elif isinstance(scheme, Rescale):
             np.subtract(channel, channel.min(), out=out)
             np.divide(out, max(float(out.max()), SMALLEST_STD), out=out)
+            if (scheme.lowest, scheme.highest) != (0, 1):
+                np.multiply(out, scheme.highest - scheme.lowest, out=out)
+                np.add(out, scheme.lowest, out=out)
         elif isinstance(scheme, NonzeroZScore) or scheme.nonzero:
             inside = channel != 0 if mask is None or isinstance(scheme, NonzeroZScore) else mask
             values = channel[inside] if inside.any() else np.zeros(1, np.float32)

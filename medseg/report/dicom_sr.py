@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import InputError
+from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import UTF8, Source, code_of, equipment, headers, located, named, referring
-from medseg.io.dicom_slice import parsing
 from medseg.io.files import written_whole
 from medseg.labels import Label, complete
 from medseg.report.measurements import Measurement

@@ -37,6 +37,9 @@ SCORES = ("dice", "iou", "precision", "recall", *VOLUMES, *SURFACES)
 TOLERANCE_MM = 2.0
 """How far surfaces may lie apart for the surface Dice unless it is said otherwise."""
 
+Members = Mapping[int, Sequence[int]]
+"""For the value of a label, the values in label maps that it is made of."""
+
 RESAMPLES, RESAMPLING_SEED = 2000, 12345
 
 
@@ -177,11 +180,20 @@ class Scores:
 
 
 def compare_labels(
-    predicted: Volume, reference: Volume, labels: Sequence[Label], *, tolerance_mm: float = TOLERANCE_MM
+    predicted: Volume,
+    reference: Volume,
+    labels: Sequence[Label],
+    *,
+    tolerance_mm: float | None = TOLERANCE_MM,
+    members: Members | None = None,
+    ignore: int | None = None,
 ) -> list[LabelScore]:
     """Return one score for each label, in the order of the table; other values in the volumes count as background.
 
-    `tolerance_mm` is how far surfaces may lie apart for the surface Dice.
+    `tolerance_mm` is how far surfaces may lie apart for the surface Dice; with None they are not compared. `members`
+    are the values that make up a label, where that is more than its own: a region, all of which are joined in both
+    volumes. Voxels that are `ignore` in the reference do not count; where there are any, surfaces, which they would
+    cut, are not compared (NaN).
 
     Raises GeometryError (`other_grid`) where the grids differ, InputError where a volume is no label map.
     """
@@ -192,14 +204,22 @@ def compare_labels(
             reason="other_grid",
         )
     found, truth = label_map(predicted), label_map(reference)
-    joint = _joint_histogram(found, truth, [label.value for label in labels])
-    in_prediction, in_reference = joint.sum(axis=1).tolist(), joint.sum(axis=0).tolist()
+    left_out = truth == ignore if ignore is not None else np.zeros((), bool)
+    if left_out.any():
+        found, truth = np.where(left_out, 0, found), np.where(left_out, 0, truth)
+    joined = {label.value: (members or {}).get(label.value, (label.value,)) for label in labels}
+    values = sorted({value for some in joined.values() for value in some})
+    joint = _joint_histogram(found, truth, values)
     scores = []
-    for place, label in enumerate(labels, start=1):
-        common = int(joint[place, place])
-        wrong, missed = in_prediction[place] - common, in_reference[place] - common
-        surface = compare_surfaces(found == label.value, truth == label.value, reference.grid, tolerance_mm)
-        apart = (surface.dice, surface.hd95_mm, surface.mean_mm)
+    for label in labels:
+        places = [1 + values.index(value) for value in joined[label.value]]
+        common = int(joint[np.ix_(places, places)].sum())
+        wrong, missed = int(joint[places].sum()) - common, int(joint[:, places].sum()) - common
+        apart: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+        if tolerance_mm is not None and not left_out.any():
+            own, other = (_mask(volume, joined[label.value]) for volume in (found, truth))
+            surface = compare_surfaces(own, other, reference.grid, tolerance_mm)
+            apart = (surface.dice, surface.hd95_mm, surface.mean_mm)
         scores.append(LabelScore(label.value, label.name, common, wrong, missed, reference.grid.voxel_mm3, *apart))
     return scores
 
@@ -210,11 +230,14 @@ def evaluate_folder(
     labels: Sequence[Label] | None = None,
     *,
     tolerance_mm: float = TOLERANCE_MM,
+    members: Members | None = None,
+    ignore: int | None = None,
 ) -> Scores:
     """Return the scores of every reference NAME.nii.gz (.nii, .nrrd, .mha), set against the prediction of that NAME.
 
     A prediction that is missing, unreadable or on another grid is a failed case; one without a reference is not looked
-    at. Without a label table, every value that occurs in some reference is scored, as "label N".
+    at. Without a label table, every value that occurs in some reference is scored, as "label N". `members` and `ignore`
+    are those of `compare_labels`.
     Raises UsageError for what is no folder, DatasetError for a folder without references or with one NAME twice,
     InputError for a reference that cannot be read.
     """
@@ -222,7 +245,7 @@ def evaluate_folder(
     if not wanted:
         raise DatasetError(f"The folder of references holds no {', '.join(VOLUME_ENDINGS)} file.", path=references)
     table = _labels_in(wanted.values()) if labels is None else labels
-    compare = partial(compare_labels, labels=table, tolerance_mm=tolerance_mm)
+    compare = partial(compare_labels, labels=table, tolerance_mm=tolerance_mm, members=members, ignore=ignore)
     return Scores(tuple(_score_case(name, given.get(name), file, compare) for name, file in wanted.items()))
 
 
@@ -250,6 +273,10 @@ def _joint_histogram(
         pairs = _places(p[marked], known) * len(known) + _places(r[marked], known)
         joint += np.bincount(pairs, minlength=joint.size)
     return joint.reshape(len(known), len(known))
+
+
+def _mask(volume: NDArray[np.integer[Any]], values: Sequence[int]) -> NDArray[np.bool_]:
+    return np.asarray(volume == values[0] if len(values) == 1 else np.isin(volume, values))
 
 
 def _places(voxels: NDArray[np.integer[Any]], known: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -53,7 +53,7 @@ def explain(pipeline: Pipeline, path: str | PathLike[str]) -> list[dict[str, Any
         studies = find_studies(place)
     explained = []
     for number, study in enumerate(studies, start=1):
-        selection = choose(study.series, pipeline.channels)
+        selection = choose(study.series, pipeline.channels, register=pipeline.registration is not None)
         refusal = study.problems[0] if study.problems else selection.refusal
         names = series_names(study)
         explained.append({

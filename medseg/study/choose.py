@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,27 +42,35 @@ class Selection:
         return tuple(choice.series for choice in self.choices if choice.series is not None)
 
 
-def choose(series: Sequence[Series], rules: Sequence[Rule]) -> Selection:
+def choose(
+    series: Sequence[Series], rules: Sequence[Rule], *, register: bool = False, first: Container[Series] | None = None
+) -> Selection:
     """Return one series for every rule, each with the reasons; a series serves one channel.
 
-    The refusal has the reason `no_series`, that of the only series that would fit had it not been refused, or
-    `frame_of_reference` where the headers do not say that the channels lie in one space.
+    `first` are those that the first rule may take, by default all. The refusal has the reason `no_series`, that of the
+    only series that would fit had it not been refused, or `frame_of_reference` where the headers do not say that the
+    channels lie in one space and none will be registered.
     """
     choices: list[Choice] = []
     for rule in rules:
         taken = [choice.series for choice in choices]
-        choice, refusal = _choose(series, rule, taken)
+        allowed = first if first is not None and not taken else series
+        choice, refusal = _choose(series, rule, taken, allowed)
         choices.append(choice)
         if refusal is not None:
             return Selection(tuple(choices), refusal)
     selection = Selection(tuple(choices))
-    return Selection(selection.choices, _frame_problem(selection.series))
+    return selection if register else Selection(selection.choices, _frame_problem(selection.series))
 
 
-def _choose(series: Sequence[Series], rule: Rule, taken: Sequence[Series | None]) -> tuple[Choice, MedsegError | None]:
+def _choose(
+    series: Sequence[Series], rule: Rule, taken: Sequence[Series | None], allowed: Container[Series]
+) -> tuple[Choice, MedsegError | None]:
     reasons, fitting, would_fit = [], [], []
     for one in series:
         misfit = "serves another channel" if one in taken else _misfit(one, rule)
+        if misfit is None and one not in allowed:
+            misfit = "no contours refer to it"
         if misfit is None and one.verdict == "refused" and one.refusal is not None:
             would_fit.append(one.refusal)
             misfit = f"refused: {one.refusal.reason}"
@@ -153,17 +161,20 @@ def _no_series(rule: Rule, reasons: Sequence[str], would_fit: Sequence[MedsegErr
 
 
 def _frame_problem(series: Sequence[Series]) -> MedsegError | None:
-    first = series[0]
-    for other in series[1:]:
-        known = bool(first.frame_of_reference_uid and other.frame_of_reference_uid)
-        same = first.frame_of_reference_uid == other.frame_of_reference_uid
-        if not same if known else not _grid(first).matches(_grid(other)):
-            return GeometryError(
-                "The series chosen for the channels lie in different frames of reference, or do not say that they "
-                "share one. Register them first, or choose others.",
-                reason="frame_of_reference",
-            )
-    return None
+    if all(share_space(series[0], other) for other in series[1:]):
+        return None
+    return GeometryError(
+        "The series chosen for the channels lie in different frames of reference, or do not say that they share one. "
+        'Choose others, or let the pipeline register them with "registration: rigid".',
+        reason="frame_of_reference",
+    )
+
+
+def share_space(first: Series, other: Series) -> bool:
+    """Return whether the headers say that two series lie in one space: by frame of reference, else by equal grids."""
+    if first.frame_of_reference_uid and other.frame_of_reference_uid:
+        return first.frame_of_reference_uid == other.frame_of_reference_uid
+    return _grid(first).matches(_grid(other))
 
 
 def _matches(pattern: str, series: Series) -> bool:

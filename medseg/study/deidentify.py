@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg.errors import UsageError
-from medseg.io.dicom_slice import parsing
+from medseg.io.dicom_header import parsing
 from medseg.io.files import written_whole
 from medseg.study.pipeline import Pipeline
 

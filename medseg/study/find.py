@@ -13,6 +13,7 @@ import numpy as np
 
 from medseg.errors import MedsegError, UnreadableFile
 from medseg.io.dicom_geometry import parallel
+from medseg.io.dicom_header import silence
 from medseg.io.dicom_series import Series, make_series
 from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
@@ -134,8 +135,9 @@ def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
     from pydicom.errors import InvalidDicomError
 
     try:
-        records = dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
-        named = [record.get("ReferencedFileID") for record in records]
+        with silence():
+            records = dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
+            named = [record.get("ReferencedFileID") for record in records]
     except (InvalidDicomError, OSError, ValueError, EOFError):
         return []
     files = []

@@ -62,7 +62,7 @@ class Ledger:
             for part in (folder, folder / ".claims", folder / ".work"):
                 part.mkdir(parents=True, exist_ok=True)
             private.mkdir(mode=0o700, exist_ok=True)
-            return cls(folder, _key(private / "key"), deidentify)
+            return cls(folder, key_in(private / "key"), deidentify)
         except OSError as error:
             raise OutputError(
                 f"The output folder cannot be used: {error.strerror or 'its key is damaged'}. "
@@ -225,7 +225,7 @@ def _private(out: Path, *, deidentify: bool) -> Path:
     return whole.with_name(f"{whole.name}.private") if deidentify else out / "private"
 
 
-def _key(path: Path) -> bytes:
+def key_in(path: Path) -> bytes:
     """Return the key in a file, which the first process to come makes."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -37,20 +37,23 @@ def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
 
 Pattern = Annotated[str, AfterValidator(_compiles)]
 Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Content = TypeVar("Content", bound=BaseModel)
 Preference = Literal["thin_slices", "fine_pixels", "more_slices", "contrast", "no_contrast", "original", "accepted"]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A frozen record that takes no unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Wanted(_Strict):
+class Wanted(Strict):
     """A preference for series whose description matches a regular expression."""
 
     description: Pattern
 
 
-class Rule(_Strict):
+class Rule(Strict):
     """Which series becomes a channel. What is left away does not count; of those that fit, `prefer` decides in order.
 
     Patterns are regular expressions that may match anywhere, in upper or lower case. Ranges are the lower and the upper
@@ -71,7 +74,7 @@ class Rule(_Strict):
     prefer: tuple[Preference | Wanted, ...] = ()
 
 
-class Cleanup(_Strict):
+class Cleanup(Strict):
     """What is done to the labels named, or to all: largest piece, holes, smallest volume, in this order."""
 
     labels: tuple[str, ...] = ()
@@ -80,14 +83,19 @@ class Cleanup(_Strict):
     minimal_ml: float | None = Field(default=None, gt=0)
 
 
-class Pipeline(_Strict):
-    """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space."""
+class Pipeline(Strict):
+    """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space.
+
+    `registration` "rigid" brings channels in another frame of reference than the first into its space; without, they
+    are refused.
+    """
 
     format: Literal[1]
     name: str
     model: str
     channels: tuple[Rule, ...] = Field(min_length=1)
     roi: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    registration: Literal["rigid"] | None = None
     mirror: bool = False
     cleanup: tuple[Cleanup, ...] = ()
     outputs: tuple[str, ...] = Field(min_length=1)
@@ -98,22 +106,32 @@ class Pipeline(_Strict):
         return hashlib.sha256(self.model_dump_json(exclude={"model"}).encode()).hexdigest()
 
 
+def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
+    """Return what a YAML file holds as a record of this kind; `what` is what to call it in errors.
+
+    Raises UsageError where it says what no such record can, UnreadableFile where it is missing.
+    """
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if len(text) > LARGEST_FILE:
+        raise UsageError(f"The file is too long for {what}.", path=path)
+    try:
+        return kind.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"What should be {what} is no YAML. Look for tabs and for colons without quotes.", path=path
+        ) from error
+    except ValidationError as error:
+        raise UsageError(f"What should be {what} has {_listed(error)}.", path=path) from error
+
+
 def load_pipeline(name: str | PathLike[str]) -> Pipeline:
     """Return the pipeline in a YAML file, or the shipped one of that name; a model beside the file is found from there.
 
     Raises UsageError where there is none, or the file says what no pipeline can.
     """
     path = _find(name)
-    with reading(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    if len(text) > LARGEST_FILE:
-        raise UsageError("The file is too long for a pipeline.", path=path)
-    try:
-        pipeline = Pipeline.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UsageError("The pipeline is no YAML. Look for tabs and for colons without quotes.", path=path) from error
-    except ValidationError as error:
-        raise UsageError(f"The pipeline has {_listed(error)}.", path=path) from error
+    pipeline = read_yaml(path, Pipeline, "a pipeline")
     beside = path.parent / pipeline.model
     return pipeline.model_copy(update={"model": str(beside)}) if beside.is_dir() else pipeline
 

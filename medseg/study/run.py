@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -15,21 +15,23 @@ import numpy as np
 
 import medseg
 from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
-from medseg.io import dicom_seg, rtstruct, save
-from medseg.io.dicom_series import Series, read_series, slice_places
-from medseg.io.regions import Regions, regions_of
+from medseg.io import save
+from medseg.io.dicom_seg import save_dicom_seg
+from medseg.io.dicom_series import Series, read_series
+from medseg.io.rtstruct import save_rtstruct
 from medseg.labels import Label
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
+from medseg.process.register import register_rigid
 from medseg.process.resample import resample
 from medseg.report.dicom_sr import save_dicom_sr
 from medseg.report.measurements import Measurement, measure, save_measurements
 from medseg.report.pictures import draw_overlay
-from medseg.study.choose import Selection, choose
+from medseg.study.choose import Selection, choose, share_space
 from medseg.study.describe import study_facts
 from medseg.study.find import read_studies
 from medseg.study.ledger import sha256
 from medseg.study.pipeline import Cleanup, Pipeline
-from medseg.volume import Grid, Volume
+from medseg.volume import Volume
 
 if TYPE_CHECKING:
     from medseg.model.segmenter import Model
@@ -77,29 +79,21 @@ def _write_picture(result: Result, path: Path) -> None:
 
 
 def _write_seg(result: Result, path: Path) -> None:
-    dicom_seg.write(_on_slices(result), result.series[0].slices, path)
+    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table)
 
 
 def _write_labelmap(result: Result, path: Path) -> None:
-    dicom_seg.write(_on_slices(result), result.series[0].slices, path, labelmap=True)
+    save_dicom_seg(result.labels, path, source=result.series[0], table=result.table, labelmap=True)
 
 
 def _write_rtstruct(result: Result, path: Path) -> None:
-    rtstruct.write(_on_slices(result), result.series[0].slices, path)
+    save_rtstruct(result.labels, path, source=result.series[0], table=result.table)
 
 
 def _write_sr(result: Result, path: Path) -> None:
     segs = (path.with_name(WRITERS[name][0]) for name in ("seg", "seg_labelmap"))
     seg = next((file for file in segs if file.is_file()), None)
-    source = replace(result.series[0], grid=result.labels.grid)
-    save_dicom_sr(result.measurements, path, source=source, table=result.table, segmentation=seg)
-
-
-def _on_slices(result: Result) -> Regions:
-    """Return the labels on the source's own slices: of interpolated ones, those of the nearest."""
-    on_slices = result.labels.array[..., slice_places(result.series[0])]
-    i, j, k = on_slices.shape[1:]
-    return regions_of(Volume(on_slices, Grid((i, j, k), result.labels.grid.affine)), result.table)
+    save_dicom_sr(result.measurements, path, source=result.series[0], table=result.table, segmentation=seg)
 
 
 Writer = Callable[[Result, Path], None]
@@ -146,7 +140,7 @@ def read_job(job: Job, pipeline: Pipeline) -> None:
         raise problems[0]
     if len(studies) != 1:
         raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
-    selection = choose(studies[0].series, pipeline.channels)
+    selection = choose(studies[0].series, pipeline.channels, register=pipeline.registration is not None)
     job.facts["series"] = _series_facts(study_facts(studies[0]), selection)
     if selection.refusal is not None:
         raise selection.refusal
@@ -156,7 +150,7 @@ def read_job(job: Job, pipeline: Pipeline) -> None:
         job.facts["inputs"] = {"used": [job.files[path] for path in used], "sha256": sha256(*used)}
     except OSError as error:
         raise UnreadableFile(f"A file of the study could not be read: {error.strerror}.") from error
-    job.image = _image(job.series)
+    job.image, job.facts["registrations"] = read_channels(job.series)
 
 
 def segment_job(job: Job, pipeline: Pipeline, model: Model) -> None:
@@ -231,15 +225,21 @@ def versions() -> dict[str, str]:
     return {"medseg": medseg.__version__, "python": platform.python_version(), **installed}
 
 
-def _image(series: Sequence[Series]) -> Volume:
-    """Return the series as channels on the grid of the first."""
-    volumes = [read_series(one) for one in series]
-    grid = volumes[0].grid
-    arrays = [
-        volume.array if volume.grid.matches(grid) else resample(volume, grid, order=3, fill=0.0).array
-        for volume in volumes
-    ]
-    return Volume(np.concatenate(arrays), grid)
+def read_channels(series: Sequence[Series]) -> tuple[Volume, list[dict[str, Any]]]:
+    """Return the series as channels on the grid of the first, and how those in another space were registered to it.
+
+    Raises GeometryError (`registration`) where one cannot be brought into the space of the first.
+    """
+    image = read_series(series[0])
+    grid, arrays, facts = image.grid, [image.array], []
+    for number, one in enumerate(series[1:], start=1):
+        channel = read_series(one)
+        if not share_space(series[0], one):
+            registration = register_rigid(channel, image)
+            channel = registration.applied(channel)
+            facts.append({"channel": number, **registration.to_dict()})
+        arrays.append(channel.array if channel.grid.matches(grid) else resample(channel, grid, order=3, fill=0.0).array)
+    return Volume(np.concatenate(arrays), grid), facts
 
 
 def _series_facts(facts: Sequence[Mapping[str, Any]], selection: Selection) -> list[dict[str, Any]]:

@@ -4,37 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.errors import DatasetError, MedsegError, OutputError
 from medseg.io.files import written_whole
+from medseg.labels import label_map
 from medseg.model.plan import Plan
 from medseg.model.preprocess import nonzero_box, prepare
 from medseg.process.resample import resample_labels
+from medseg.train.check import read_case
 from medseg.train.dataset import Case
-from medseg.train.fingerprint import read_case
+from medseg.train.dataset_json import members_of, values_of
+from medseg.train.file_hashes import FileHashes
+from medseg.train.loss import IGNORED
+from medseg.train.parallel import Progress, side_by_side
 
 PLACES_PER_CLASS = 10_000
 """Labelled voxels of each class that a case remembers, to center patches on."""
 
-Progress = Callable[[int, int], None]
+FORMAT = 2
+"""Goes up when prepared cases mean something else than before; older ones are made again."""
+
+PARTS = ("image", "target", "places")
+
+PREPARING = {
+    "channels", "labels", "regions", "orientation", "spacing_mm", "resampling", "normalize_first", "crop_nonzero",
+}  # fmt: skip
+"""The fields of a plan that decide what a prepared case is."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case on its network grid: image (C, I, J, K) float32, channel numbers (I, J, K), voxels to center patches on.
+    """A case on its network grid: image (C, I, J, K) float32, class numbers (I, J, K), voxels to center patches on.
 
-    `places` maps each class that occurs to voxel indices (N, 3) of it. `known` (outputs,) says which were drawn.
+    Classes are the values that label files mark, numbered from 1; IGNORED is where nobody looked. `places` maps each
+    class that occurs to voxel indices (N, 3) of it, and 0, where something is ignored, to any that is not. `known`
+    (outputs,) says which outputs were drawn.
     """
 
     name: str
     image: NDArray[np.float32]
-    target: NDArray[np.uint16]
+    target: NDArray[np.integer]
     places: dict[int, NDArray[np.int32]]
     known: NDArray[np.bool_]
 
@@ -44,50 +61,107 @@ def prepare_cases(
 ) -> list[Prepared]:
     """Return all cases prepared, from `folder` where they are there already.
 
-    Their files are named by a hash of the plan's preprocessing and of the sizes and times of the source files, so that
-    a changed case or plan is prepared anew. Raises DatasetError or InputError where a case cannot be read.
+    Their files are named by a hash of the plan's preprocessing and of the content of the source files, so that a
+    changed case or plan is prepared anew, and a copied dataset is not.
+    Raises DatasetError that names the case where one cannot be prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = []
-    with ThreadPoolExecutor() as pool:
-        for done, case in enumerate(pool.map(lambda case: _prepared(case, plan, folder), cases), 1):
-            prepared.append(case)
-            if progress:
-                progress(done, len(cases))
+    hashes = FileHashes(folder / "files.json")
+    work = partial(_prepared, plan=plan, folder=folder, hashes=hashes)
+    prepared = [result for _, result in side_by_side(work, cases, progress)]
+    hashes.save()
     return prepared
 
 
-def _prepared(case: Case, plan: Plan, folder: Path) -> Prepared:
-    stem = folder / _key(case, plan)
-    files = {part: stem.with_name(f"{stem.name}.{part}.npy") for part in ("image", "target", "places")}
-    if not all(file.is_file() for file in files.values()):
-        for part, array in _arrays(case, plan).items():
-            with written_whole(files[part]) as beside, beside.open("wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-    image, target, places = (np.load(files[part], mmap_mode="r") for part in ("image", "target", "places"))
-    by_class = {int(number): places[places[:, 0] == number, 1:] for number in np.unique(places[:, 0])}
-    known = np.array([True, *(label.value not in case.undrawn for label in plan.labels)])
-    return Prepared(case.name, image, target, by_class, known)
+def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepared:
+    try:
+        files = _files(case, plan, folder, hashes)
+        image, target, places = _mapped(files) or _written(files, _arrays(case, plan))
+    except OutputError:
+        raise  # a full disk is no fault of the case
+    except MedsegError as error:
+        raise DatasetError(
+            f"{case.name} could not be prepared: {error}", path=error.path or case.images[0], reason=error.reason
+        ) from error
+    except Exception as error:  # whatever it is, it must be known which case it was
+        raise DatasetError(
+            f"{case.name} could not be prepared: {type(error).__name__}. Look at this case, or take it out.",
+            path=case.images[0],
+            reason="case",
+        ) from error
+    numbers, first = np.unique(places[:, 0], return_index=True)
+    parts = np.split(places[:, 1:], first[1:])
+    known = [label.value not in case.undrawn for label in plan.regions or plan.labels]
+    return Prepared(
+        case.name,
+        image,
+        target,
+        dict(zip(numbers.tolist(), parts, strict=True)),
+        np.array(known if plan.regions else [True, *known]),
+    )
 
 
-def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:
+def _mapped(files: dict[str, Path]) -> list[NDArray[Any]] | None:
+    """Return the arrays in files as memory maps; None where one is not there, or was cut short."""
+    try:
+        return [np.load(files[part], mmap_mode="r") for part in PARTS]
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    for part, array in arrays.items():
+        with written_whole(files[part]) as beside, beside.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+    return [np.load(files[part], mmap_mode="r") for part in PARTS]
+
+
+def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
     image, labels = read_case(case)
     if plan.crop_nonzero:
         box = nonzero_box(image)
         image, labels = image.cropped(*box), labels.cropped(*box)
     prepared = prepare(image, plan)
-    values = resample_labels(labels, prepared.grid).array[0]
-    target = np.zeros(values.shape, np.uint16)
-    places = [np.empty((0, 4), np.int32)]
-    for channel, label in enumerate(plan.labels, start=1):
-        target[values == label.value] = channel
-        where = np.argwhere(values == label.value).astype(np.int32)
-        keep = np.linspace(0, len(where) - 1, min(len(where), PLACES_PER_CLASS)).astype(int)
-        places.append(np.insert(where[keep], 0, channel, axis=1))
-    return {"image": prepared.array, "target": target, "places": np.concatenate(places)}
+    values = label_map(resample_labels(labels, prepared.grid))
+    target = _class_numbers(values, values_of(plan.labels, plan.regions), case.ignore)
+    members = members_of(plan.labels, plan.regions)
+    drawn = {one for value in members if value not in case.undrawn for one in members[value]}
+    for number, value in enumerate(values_of(plan.labels, plan.regions), start=1):
+        if value not in drawn:
+            target[target == number] = 0  # what is not drawn there is not known
+    return {"image": prepared.array, "target": target, "places": _places(target, ignored=case.ignore is not None)}
 
 
-def _key(case: Case, plan: Plan) -> str:
-    steps = plan.model_dump(mode="json", exclude={"name", "patch", "network", "mirror_axes"})
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (*case.images, case.label)]
-    return hashlib.sha256(json.dumps([steps, files], sort_keys=True).encode()).hexdigest()[:24]
+def _class_numbers(
+    values: NDArray[np.integer], classes: Sequence[int], ignore: int | None
+) -> NDArray[np.int8] | NDArray[np.int16]:
+    """Return the place of each value among the classes, from 1; 0 for others, IGNORED for what is to be ignored."""
+    target = np.zeros(values.shape, np.int8 if len(classes) <= np.iinfo(np.int8).max else np.int16)
+    marked = np.flatnonzero(values)
+    found = values.ravel()[marked]
+    numbers = np.minimum(np.searchsorted(classes, found), len(classes) - 1)
+    numbers = np.where(np.asarray(classes)[numbers] == found, numbers + 1, 0)
+    target.ravel()[marked] = numbers if ignore is None else np.where(found == ignore, IGNORED, numbers)
+    return target
+
+
+def _places(target: NDArray[np.integer], *, ignored: bool) -> NDArray[np.int32]:
+    """Return rows (class, i, j, k) of voxels, ascending by class; with `ignored` class 0 is any that counts."""
+    marked = np.flatnonzero(target >= 0 if ignored else target > 0)
+    numbers = target.ravel()[marked]
+    chosen = [marked] if ignored else []
+    chosen += [marked[numbers == number] for number in np.unique(numbers[numbers > 0])]
+    rows = [np.empty((0, 4), np.int32)]
+    for number, voxels in zip([0] * ignored + np.unique(numbers[numbers > 0]).tolist(), chosen, strict=True):
+        keep = voxels[np.linspace(0, len(voxels) - 1, min(len(voxels), PLACES_PER_CLASS)).astype(int)]
+        where = np.stack(np.unravel_index(keep, target.shape), axis=1).astype(np.int32)
+        rows.append(np.insert(where, 0, number, axis=1))
+    return np.concatenate(rows)
+
+
+def _files(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> dict[str, Path]:
+    steps = plan.model_dump(mode="json", include=PREPARING)
+    content = [hashes.of(file) for _, file in case.files]
+    facts = json.dumps([FORMAT, steps, content, sorted(case.undrawn), case.ignore], sort_keys=True)
+    stem = hashlib.sha256(facts.encode()).hexdigest()[:24]
+    return {part: folder / f"{stem}.{part}.npy" for part in PARTS}

@@ -10,7 +10,7 @@ from medseg.model.plan import Plan
 
 
 def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
-    """Write MODEL_CARD.md from the plan and the scores of the folds that are there. A card that exists is left alone.
+    """Write MODEL_CARD.md from the plan and the scores of the folds, and of all together. A card that exists stays.
 
     What the data are, who may use them and what the model is for cannot be derived: the card asks its owner for them.
     """
@@ -31,7 +31,7 @@ def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
         "",
         "| fold | cases | label | Dice |",
         "|---|---|---|---|",
-        *(row for file in sorted(folder.glob("fold_*.scores.json")) for row in _rows(file)),
+        *(row for file in (*sorted(folder.glob("fold_*.scores.json")), folder / "scores.json") for row in _rows(file)),
         "",
     ]
     with written_whole(card) as beside:
@@ -39,8 +39,11 @@ def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
 
 
 def _rows(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
     scores = json.loads(file.read_text(encoding="utf-8"))
-    fold = file.name.split(".")[0].removeprefix("fold_")
-    return [
-        f"| {fold} | {len(scores['cases'])} | {label['name']} | {label['dice']:.3f} |" for label in scores["labels"]
-    ]
+    fold = file.name.removesuffix("scores.json").removeprefix("fold_").removesuffix(".") or "all"
+    dice = {
+        label["name"]: "none there" if label["dice"] is None else f"{label['dice']:.3f}" for label in scores["labels"]
+    }
+    return [f"| {fold} | {len(scores['cases'])} | {name} | {value} |" for name, value in dice.items()]

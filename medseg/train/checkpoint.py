@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,36 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from medseg.errors import ModelError
 from medseg.io.files import written_whole
 from medseg.model.weights import load_state, state_of
 
+FINISH, INTERRUPT = 1.0, 2.0
+
 
 @dataclass
 class TrainState:
-    """Everything that a training needs to go on where it was."""
+    """Everything that a training needs to go on where it was.
+
+    `forward` runs the network in training, by default the network itself. `scaler` is there in float16. `asked` is
+    whether something wants the training to end before its budget: FINISH for good, INTERRUPT to go on later.
+    """
 
     network: nn.Module
     average: nn.Module
     optimizer: Optimizer
+    forward: Callable[[Tensor], Any] | None = None
+    scaler: GradScaler | None = None
+    asked: float = 0.0
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forward = self.forward or self.network
 
     def save(self, path: Path, recipe: str) -> None:
         """Write the state, whole or not at all. `recipe` is what must be the same for the training to go on."""
@@ -35,6 +49,7 @@ class TrainState:
         for place, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{place}.{name}": tensor.cpu().contiguous() for name, tensor in entry.items()}
         numbers = {"step": self.step, "seconds": self.seconds, "history": self.history, "recipe": recipe}
+        numbers |= {"scaler": self.scaler.state_dict()} if self.scaler else {}
         with written_whole(path) as beside:
             beside.write_bytes(serialize(tensors, {"state": json.dumps(numbers)}))
 
@@ -58,6 +73,8 @@ class TrainState:
         load_state(self.network, _below("network.", tensors), path=path)
         load_state(self.average, _below("average.", tensors), path=path)
         self._load_optimizer(_below("optimizer.", tensors))
+        if self.scaler:
+            self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seconds, self.history = numbers["step"], numbers["seconds"], numbers["history"]
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from medseg.errors import DatasetError
 from medseg.io import VOLUME_ENDINGS
-from medseg.labels import Label, make_labels
+from medseg.labels import Label
+from medseg.train.dataset_json import Description, Meaning, read_description
 
 FOLD_SEED = 12345
 """The seed of nnU-Net's folds, so that results on a public dataset can be compared case by case."""
@@ -24,7 +25,8 @@ class Case:
     """One labelled image: a name, one file per channel, and the file of its labels.
 
     `undrawn` are the values of structures that nobody drew here: they may be there, but the labels do not say where.
-    Cases of one `group` (a patient) stay together: no fold trains on one of them and is validated on another.
+    Of voxels with the value `ignore` nothing is known. Cases of one `group` (a patient) stay together: no fold trains
+    on one of them and is validated on another.
     """
 
     name: str
@@ -32,6 +34,14 @@ class Case:
     label: Path
     undrawn: frozenset[int] = frozenset()
     group: str = ""
+    ignore: int | None = None
+
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """Its files, each with what it is: "image" or "channel N", and "label"."""
+        alone = len(self.images) == 1
+        images = (("image" if alone else f"channel {place}", file) for place, file in enumerate(self.images))
+        return (*images, ("label", self.label))
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,13 @@ class Dataset:
 
     name: str
     channels: tuple[str, ...]
-    labels: tuple[Label, ...]
+    meaning: Meaning
     cases: tuple[Case, ...]
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The label table of what a model of this dataset segments."""
+        return self.meaning.labels
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -68,45 +83,32 @@ class Dataset:
         return training, tuple(case for case in self.cases if (case.group or case.name) in chosen)
 
 
-def read_dataset(folder: str | PathLike[str]) -> Dataset:
+def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Dataset:
     """Return the labelled cases of a dataset folder, sorted by name.
 
     A file cases.json, if there, lists what is special about cases: [{"case": NAME, "structures": ["liver"], "group":
     "patient 7"}], where `structures` names those that were drawn and each field but the first may be left out.
-    Raises DatasetError that lists every missing file or field, up to ten of them.
+    Raises DatasetError for a field that is missing or makes no sense and, unless `check_files` is off, one that lists
+    every missing file.
     """
     root = Path(folder)
-    content = _read_json(root / "dataset.json")
-    channels = _names(content.get("channel_names", content.get("modality")), root)
-    labels = _labels(content.get("labels"), root)
-    cases = _decathlon_cases(root, content) if "training" in content else _folder_cases(root, content, len(channels))
-    problems = [
-        f"{case.name}: {part} is missing"
-        for case in cases
-        for part, file in [
-            *((f"channel {place}", image) for place, image in enumerate(case.images)),
-            ("label", case.label),
-        ]
-        if not file.is_file()
-    ]
+    told = read_description(root)
+    cases = _decathlon_cases(root, told.fields) if "training" in told.fields else _folder_cases(root, told)
     if not cases:
-        problems.append("there is no labelled image")
-    if problems:
-        raise DatasetError(f"The dataset has {len(problems)} problem(s): {'; '.join(problems[:10])}.", path=root)
-    cases = _with_facts(sorted(cases, key=lambda case: case.name), root / "cases.json", labels)
-    return Dataset(str(content.get("name", root.resolve().name)), channels, labels, tuple(cases))
+        raise DatasetError("The dataset has 1 problem(s): there is no labelled image.", path=root)
+    missing = [f"{case.name}: {problem}" for case in cases for problem in missing_files(case)]
+    if missing and check_files:
+        raise DatasetError(
+            f"The dataset has {len(missing)} problem(s):\n" + "\n".join(missing), path=root, reason="cases"
+        )
+    cases = [replace(case, ignore=told.meaning.ignore) for case in sorted(cases, key=lambda case: case.name)]
+    cases = _with_facts(cases, root / "cases.json", told.meaning.labels)
+    return Dataset(told.name, told.channels, told.meaning, tuple(cases))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DatasetError("A dataset folder needs a readable file dataset.json.", path=path) from error
-    except ValueError as error:
-        raise DatasetError("The file dataset.json is not valid JSON.", path=path) from error
-    if not isinstance(content, dict):
-        raise DatasetError("The file dataset.json must hold one object with channel_names and labels.", path=path)
-    return content
+def missing_files(case: Case) -> list[str]:
+    """Return a line for each file of a case that is not there."""
+    return [f"{part} is missing" for part, file in case.files if not file.is_file()]
 
 
 def _with_facts(cases: list[Case], path: Path, labels: Sequence[Label]) -> list[Case]:
@@ -139,36 +141,6 @@ def _with_facts(cases: list[Case], path: Path, labels: Sequence[Label]) -> list[
     ]
 
 
-def _names(channels: object, root: Path) -> tuple[str, ...]:
-    if not isinstance(channels, Mapping) or sorted(channels) != sorted(str(place) for place in range(len(channels))):
-        raise DatasetError(
-            'The field "channel_names" (or "modality") must name every channel, as in {"0": "CT"}.',
-            path=root / "dataset.json",
-        )
-    return tuple(str(channels[str(place)]) for place in range(len(channels)))
-
-
-def _labels(labels: object, root: Path) -> tuple[Label, ...]:
-    # The decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}.
-    pairs = []
-    for key, value in labels.items() if isinstance(labels, Mapping) else ():
-        name, number = (value, key) if str(key).isdigit() else (key, value)
-        if not str(number).isdigit() or str(name) == "ignore":
-            raise DatasetError(
-                f"The label {name!r} is not one whole number: regions and ignore labels cannot be trained yet.",
-                path=root / "dataset.json",
-                reason="labels",
-            )
-        pairs.append((int(number), str(name)))
-    if not any(number for number, _ in pairs) or len({number for number, _ in pairs}) < len(pairs):
-        raise DatasetError(
-            'The field "labels" must give each structure a value of its own above 0, as in {"liver": 1}.',
-            path=root / "dataset.json",
-            reason="labels",
-        )
-    return make_labels(pairs)
-
-
 def _decathlon_cases(root: Path, content: Mapping[str, Any]) -> list[Case]:
     pairs: Sequence[Mapping[str, str]] = content["training"]
     return [
@@ -178,7 +150,8 @@ def _decathlon_cases(root: Path, content: Mapping[str, Any]) -> list[Case]:
     ]
 
 
-def _folder_cases(root: Path, content: Mapping[str, Any], channels: int) -> list[Case]:
+def _folder_cases(root: Path, told: Description) -> list[Case]:
+    content, channels = told.fields, len(told.channels)
     images, labels = (
         (root / "imagesTr", root / "labelsTr") if (root / "imagesTr").is_dir() else (root / "images", root / "labels")
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
+from medseg.errors import MedsegError
 from medseg.model.segmenter import Model
 from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, compare_labels
+from medseg.train.check import read_case
 from medseg.train.dataset import Case
-from medseg.train.fingerprint import read_case
+from medseg.train.dataset_json import members_of
 
 Progress = Callable[[int, int], None]
 
@@ -17,17 +21,30 @@ def evaluate(
 ) -> Scores:
     """Return the scores of a model's label maps against the cases' own, each case segmented whole on its own grid.
 
-    Structures that were not drawn in a case are not scored there. `tolerance_mm` is that of `compare_labels`.
+    Structures that were not drawn in a case are not scored there, nor are voxels that are to be ignored. A case that
+    cannot be segmented has failed: nothing was found in it. `tolerance_mm` is that of `compare_labels`.
 
-    Raises what reading or segmenting a case raises.
+    Raises what reading a case raises.
     """
     listed = list(cases)
     scored = []
     for done, case in enumerate(listed, start=1):
         image, reference = read_case(case)
         drawn = [label for label in model.plan.labels if label.value not in case.undrawn]
-        scores = compare_labels(model.segment(image), reference, drawn, tolerance_mm=tolerance_mm)
-        scored.append(CaseScores(case.name, tuple(scores), group=case.group))
+        failure = None
+        try:
+            found = model.segment(image)
+        except MedsegError as error:
+            found, failure = reference.with_array(np.zeros(reference.array.shape, np.uint8)), error.reason
+        scores = compare_labels(
+            found,
+            reference,
+            drawn,
+            tolerance_mm=tolerance_mm,
+            members=members_of(model.plan.labels, model.plan.regions),
+            ignore=case.ignore,
+        )
+        scored.append(CaseScores(case.name, tuple(scores), failure, case.group))
         if progress:
             progress(done, len(listed))
     return Scores(tuple(scored))

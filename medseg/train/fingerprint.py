@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from medseg.errors import DatasetError, MedsegError
-from medseg.io import load
-from medseg.labels import Label
+from medseg.errors import DatasetError
+from medseg.labels import Label, label_map
+from medseg.model.plan import Region
 from medseg.model.stored import Stored
+from medseg.train.check import Findings, check_case, check_together, unseen
 from medseg.train.dataset import Case, Dataset
+from medseg.train.parallel import Progress, side_by_side
 from medseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000
 """Labelled voxels whose intensities are looked at in each case; every case counts the same, large or small."""
 
-Progress = Callable[[int, int], None]
-
 
 class CaseFacts(BaseModel):
-    """One case in canonical orientation (RAS): its shape, spacing, share of voxels that are not 0, and label counts."""
+    """One case in canonical orientation (RAS): its shape, spacing, share of voxels that are not 0, and label counts.
+
+    `label_voxels` counts the values of the label file, but for 0 and what is to be ignored.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,6 +57,7 @@ class Fingerprint(Stored):
     name: str
     channels: tuple[str, ...]
     labels: tuple[Label, ...]
+    regions: tuple[Region, ...] = ()
     cases: tuple[CaseFacts, ...]
     intensities: tuple[Intensities, ...]
 
@@ -62,85 +65,72 @@ class Fingerprint(Stored):
 def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Fingerprint:
     """Return the fingerprint of a dataset; reads every image and label once.
 
-    Raises DatasetError that lists every case with files that cannot be read, grids that differ, unknown label values,
-    voxels that are NaN or infinite, no label at all, or the image of another case.
+    Raises DatasetError that lists everything wrong with every case: files that are missing or cannot be read, grids
+    that differ, label values that are unknown or were said not to be drawn, voxels that are NaN or infinite, nothing
+    but voxels to be ignored, the image or the labels of another case. What is odd but may be meant is a warning: cases
+    without a labelled voxel, constant images, labels that no case has.
     """
     facts: list[CaseFacts] = []
     samples: list[NDArray[np.float32]] = []
-    problems: list[str] = []
-    images: dict[str, str] = {}
-    with ThreadPoolExecutor() as pool:
-        for done, (case, result) in enumerate(
-            zip(dataset, pool.map(lambda c: _look(c, dataset), dataset), strict=True), 1
-        ):
-            if isinstance(result, str):
-                problems.append(f"{case.name}: {result}")
-            else:
-                facts.append(result[0])
-                samples.append(result[1])
-                twin = images.setdefault(result[2], case.name)
-                if twin != case.name:
-                    problems.append(f"{case.name}: the image is the same as that of {twin}")
-            if progress:
-                progress(done, len(dataset))
+    found: list[tuple[Case, Findings]] = []
+    looks = side_by_side(lambda case: _look(case, dataset), dataset.cases, progress)
+    for case, (findings, fact, sample) in looks:
+        found.append((case, findings))
+        if fact is not None and sample is not None:
+            facts.append(fact)
+            samples.append(sample)
+    problems = [f"{case.name}: {problem}" for case, findings in found for problem in findings.problems]
+    problems += check_together(found)
     if not problems and not any(part.size for part in samples):
         problems.append("no case has a labelled voxel")
     if problems:
-        raise DatasetError(f"The dataset has {len(problems)} problem(s): " + "\n".join(problems), reason="cases")
+        raise DatasetError(f"The dataset has {len(problems)} problem(s):\n" + "\n".join(problems), reason="cases")
+    _warn(found, unseen([fact.label_voxels for fact in facts], dataset))
     pooled = np.concatenate(samples, axis=1)
     return Fingerprint(
         name=dataset.name,
         channels=dataset.channels,
         labels=dataset.labels,
+        regions=dataset.meaning.regions,
         cases=tuple(facts),
         intensities=tuple(_intensities(channel) for channel in pooled),
     )
 
 
-def read_case(case: Case) -> tuple[Volume, Volume]:
-    """Return the (image, labels) of a case, on one grid. Raises DatasetError where their grids differ."""
-    image, labels = load(case.images if len(case.images) > 1 else case.images[0]), load(case.label)
-    if not image.grid.matches(labels.grid):
-        raise DatasetError(
-            f"Image and labels lie on different grids: shape {image.grid.shape} against {labels.grid.shape}, spacing "
-            f"{_rounded(image.grid.spacing_mm)} against {_rounded(labels.grid.spacing_mm)} mm. Resample one of them.",
-            path=case.label,
-            reason="grid",
-        )
-    return image, labels
-
-
-def _look(case: Case, dataset: Dataset) -> tuple[CaseFacts, NDArray[np.float32], str] | str:
-    """Return the facts of a case, samples of its intensities and a hash of its voxels, or what is wrong with it."""
-    try:
-        image, labels = read_case(case)
-    except MedsegError as error:
-        return str(error)
-    values, counts = np.unique(labels.array, return_counts=True)
-    unknown = sorted(set(values.tolist()) - {0, *(label.value for label in dataset.labels)})
-    if unknown:
-        return f"label values {unknown[:5]} are not in dataset.json"
-    undrawn = sorted(case.undrawn & set(values.tolist()))
-    if undrawn:
-        return f"label values {undrawn[:5]} are there, but cases.json says that they were not drawn"
-    if len(image.array) != len(dataset.channels):
-        return f"{len(image.array)} channel(s) where dataset.json names {len(dataset.channels)}"
-    if not np.isfinite(image.array.sum(dtype=np.float64)):
-        return "the image has voxels that are NaN or infinite"
+def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDArray[np.float32] | None]:
+    """Return what is found in a case and, where nothing is wrong, its facts and samples of its intensities."""
+    findings, image, labels = check_case(case, dataset)
+    if findings.problems or image is None or labels is None:
+        return findings, None, None
+    values = label_map(labels)
+    numbers, counts = np.unique(values, return_counts=True)
     canonical = image.grid.reoriented("RAS")
+    voxels = {int(number): int(count) for number, count in zip(numbers, counts, strict=True)}
     facts = CaseFacts(
         name=case.name,
         shape=canonical.shape,
         spacing_mm=canonical.spacing_mm,
         nonzero=float((image.array != 0).any(axis=0).mean()),
-        label_voxels={int(value): int(count) for value, count in zip(values, counts, strict=True) if value != 0},
+        label_voxels={number: count for number, count in voxels.items() if number not in {0, case.ignore}},
     )
-    voxels = hashlib.sha256(np.ascontiguousarray(image.array).data).hexdigest()
-    return facts, _sample(image, labels), voxels
+    marked = values != 0 if case.ignore is None else (values != 0) & (values != case.ignore)
+    return findings, facts, _sample(image, np.flatnonzero(marked))
 
 
-def _sample(image: Volume, labels: Volume) -> NDArray[np.float32]:
-    places = np.flatnonzero(labels.array[0])
+def _warn(found: Sequence[tuple[Case, Findings]], unseen_labels: Sequence[str]) -> None:
+    """Warn once of each kind of what is odd."""
+    kinds: dict[str, list[str]] = {}
+    for case, findings in found:
+        for oddity in findings.oddities:
+            kinds.setdefault(oddity, []).append(case.name)
+    lines = [f"{len(names)} case(s) have {kind}: {', '.join(names[:10])}" for kind, names in kinds.items()]
+    if unseen_labels:
+        lines.append(f"{len(unseen_labels)} label(s) are in no case: {', '.join(unseen_labels[:10])}")
+    if lines:
+        warnings.warn(f"The dataset can be trained on, but look at this: {'; '.join(lines)}.", stacklevel=3)
+
+
+def _sample(image: Volume, places: NDArray[np.intp]) -> NDArray[np.float32]:
     if not places.size:
         return np.empty((len(image.array), 0), np.float32)
     # With replacement, so that each case weighs the same; a fixed seed, so that a fingerprint can be made again.
@@ -156,7 +146,3 @@ def _intensities(values: NDArray[np.float32]) -> Intensities:
         percentile_00_5=float(low),
         percentile_99_5=float(high),
     )
-
-
-def _rounded(spacing_mm: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(length, 4) for length in spacing_mm)

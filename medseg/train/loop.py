@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from medseg.errors import ModelError, OutputError
-from medseg.io.files import written_whole
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.weights import find_model, save_weights
+from medseg.model.weights import find_model
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
-from medseg.train.card import write_card
-from medseg.train.checkpoint import TrainState
-from medseg.train.dataset import Case, Dataset, read_dataset
-from medseg.train.evaluate import evaluate
-from medseg.train.fingerprint import fingerprint
+from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
+from medseg.train.fingerprint import Fingerprint, fingerprint
+from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
 from medseg.train.optimize import new_state, optimize
 from medseg.train.planner import make_plan
 from medseg.train.ranks import joined
+from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
-
-HISTORY_STEPS = 50
-"""Steps that one line of the history sums up."""
-
-CHECKPOINT_S = 60.0
-"""Seconds between two checkpoints: the work that a crash can cost."""
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """Where a training is: its stage ("look", "prepare", "train", "validate"), the share done, the numbers of now."""
-
-    stage: str
-    done: float
-    step: int = 0
-    loss: float = math.nan
-    steps_per_s: float = math.nan
-    seconds_left: float = math.nan
-
-
-Progress = Callable[[TrainProgress], None]
+from medseg.train.validate import cross_validate, is_newer, is_scored, score_fold, validate_fold
+from medseg.train.watch import PROBE_CASES, Probe, Watch
 
 
 def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
@@ -57,14 +32,17 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     folder: str | PathLike[str],
     *,
     budget: str = "30m",
-    fold: int = 0,
+    fold: int | None = 0,
     folds: int = 5,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Return the validation scores of fold `fold` of `folds` of a dataset folder, planned and trained into `folder`.
 
+    Without a `fold` all are trained one after the other, each with the whole budget, and the scores are pooled as
+    `cross_validate` does it. What an earlier run has done is not done again.
     A plan.json that is in the folder is followed, and a train.json too but for the number of folds: edit them to
     decide otherwise. With `start`, a model, its plan is followed with the labels of the dataset, and its weights are
     where the training begins.
@@ -79,18 +57,16 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
             cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
         settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
         settings = settings.model_copy(update={"folds": folds})
-        model = train_model(
-            cases,
-            plan,
-            where,
-            budget=budget,
-            fold=fold,
-            settings=settings,
-            start=start,
-            device=device,
-            progress=progress,
-        )
-        return validate_fold(model, cases, where, fold=fold, progress=progress) if ranks.is_first else Scores(())
+        train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
+        for one in range(folds) if fold is None else (fold,):
+            model = train(fold=one, tensorboard=tensorboard, progress=progress)
+            if fold is None and ranks.size == 1 and not is_scored(where, one):
+                score_fold(model, cases, where, one, progress)
+        if not ranks.is_first:
+            return Scores(())
+        if fold is None:
+            return cross_validate(cases, where, device=device, progress=progress)
+        return validate_fold(model, cases, where, fold=fold, progress=progress)
 
 
 def plan_dataset(
@@ -102,17 +78,29 @@ def plan_dataset(
 ) -> tuple[Dataset, Plan]:
     """Return a dataset and the plan of a model folder, which is made, with fingerprint.json, where it is not there.
 
+    All cases are read and checked, unless fingerprint.json knows just these and none of their files is newer.
     With `start` it is the plan of that model with the labels of the dataset.
     Raises what `read_dataset`, `fingerprint` and `plan_from` raise.
     """
     where = Path(folder)
-    cases = read_dataset(dataset)
-    if not (where / "plan.json").is_file():
+    checked = where / "fingerprint.json"
+    cases = read_dataset(dataset, check_files=False)
+    if not _is_checked(cases, checked):
         facts = fingerprint(cases, progress=_in_stage("look", progress))
         _make_folder(where)
-        facts.save(where / "fingerprint.json")
-        (make_plan(facts) if start is None else plan_from(start, cases)).save(where / "plan.json")
+        facts.save(checked)
+    if not (where / "plan.json").is_file():
+        plan = make_plan(Fingerprint.load(checked)) if start is None else plan_from(start, cases)
+        plan.save(where / "plan.json")
     return cases, Plan.load(where / "plan.json")
+
+
+def _is_checked(cases: Dataset, checked: Path) -> bool:
+    if not checked.is_file() or any(missing_files(case) for case in cases):
+        return False
+    if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
+        return False
+    return all(is_newer(checked, file) for case in cases for _, file in case.files)
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's
@@ -125,54 +113,70 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     settings: TrainSettings | None = None,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Return a model trained on one fold of a dataset and write it to `folder`; go on where an earlier run stopped.
 
     `budget` is a time ("30m", "8h": of training itself, not of preparing or being switched off) or a number of steps
-    ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors and fold_N.history.csv;
-    a fold whose weights are there is not trained again. The first weights are random, or those of the model `start`.
-    Raises ModelError where the folder holds another plan or the training diverges, and what reading a case raises.
+    ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors, fold_N.history.csv and
+    fold_N.progress.png; a fold whose weights are there is not trained again. The first weights are random, or those of
+    the model `start`. With `tensorboard` the history goes to tensorboard/fold_N, too.
+    Raises ModelError where the folder holds another plan, what is asked for cannot be trained, or the training
+    diverges, what reading a case raises, and UsageError where TensorBoard is not installed.
     """
     settings = settings or TrainSettings()
     limit = Budget.parse(budget)
-    if plan.regions or plan.previous:
-        raise ModelError("A plan with overlapping regions or a previous stage can be used, but not trained.")
+    check_possible(dataset, plan, settings)
     where = Path(folder)
-    training, _ = dataset.fold(fold, settings.folds)
+    training, validation = dataset.fold(fold, settings.folds)
     weights = where / f"fold_{fold}.safetensors"
     with joined() as ranks:
         if ranks.is_first:
             _claim_folder(where, plan, settings)
         if not ranks.agreed(weights.is_file()):
             state = new_state(plan, settings, pick_device(device), start)
-            files = _Files(where, fold, _recipe(plan, settings, limit, training), writes=ranks.is_first)
+            watch = Watch(where, fold, tensorboard=tensorboard) if ranks.is_first else None
+            files = FoldFiles(where, fold, recipe_of(plan, settings, limit, training), watch)
             files.resume(state)
             with ranks.first_alone():
-                prepared = prepare_cases(training, plan, where / "cache", progress=_in_stage("prepare", progress))
-            sampler = Sampler(prepared, plan, settings.seed, settings.foreground)
-            _train(state, optimize(state, sampler, settings, limit, ranks), limit, files, progress)
+                looked_at = validation[:: -(-len(validation) // PROBE_CASES)] if watch else ()
+                prepared = prepare_cases(
+                    (*training, *looked_at), plan, where / "cache", progress=_in_stage("prepare", progress, fold)
+                )
+            if watch:
+                watch.probe = Probe(prepared[len(training) :], plan, settings)
+            sampler = Sampler(prepared[: len(training)], plan, settings.seed, settings.foreground)
+            losses = optimize(state, sampler, settings, limit, ranks)
+            run_steps(state, losses, limit, files, progress, settings.early_stop)
             files.finish(state)
         ranks.wait()
     # The other folds of the folder have seen the cases that this one is validated on.
     return Model.load(where, device=device, folds=(fold,))
 
 
-def validate_fold(
-    model: Model, dataset: Dataset, folder: str | PathLike[str], *, fold: int = 0, progress: Progress | None = None
-) -> Scores:
-    """Return the scores on the cases that a fold kept aside; write fold_N.scores.json and, if new, MODEL_CARD.md.
-
-    Raises ModelError where the folder has no such fold, and what `evaluate` raises.
-    """
-    where = Path(folder)
-    settings = TrainSettings.load(where / "train.json")
-    _, validation = dataset.fold(fold, settings.folds)
-    scores = evaluate(model, validation, progress=_in_stage("validate", progress))
-    with written_whole(where / f"fold_{fold}.scores.json") as beside:
-        beside.write_text(json.dumps(scores.to_dict(), indent=1) + "\n", encoding="utf-8")
-    write_card(where, model.plan, dataset.name, len(dataset))
-    return scores
+def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> None:
+    """Raise ModelError where a plan cannot be trained on a dataset in this way, with the reason."""
+    if plan.previous:
+        raise ModelError("A plan with a previous stage can be used, but not trained.", reason="unsupported")
+    if plan.regions != dataset.meaning.regions:
+        raise ModelError(
+            "The plan and the dataset have different regions: an output would be taught what it does not mean. Make "
+            "the plan anew, or give the dataset the labels of the plan.",
+            reason="labels",
+        )
+    if plan.regions and settings.loss not in REGION_LOSSES:
+        raise ModelError(
+            f"The loss {settings.loss} compares classes of which one is true; regions overlap. Use one of "
+            f"{', '.join(REGION_LOSSES)}.",
+            reason="loss",
+        )
+    if dataset.meaning.ignore is not None and settings.loss not in WITH_IGNORED:
+        raise ModelError(
+            f"The loss {settings.loss} looks at whole patches and cannot leave voxels out. Use one of "
+            f"{', '.join(WITH_IGNORED)}, or a dataset without an ignore label.",
+            reason="loss",
+        )
 
 
 def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
@@ -188,71 +192,7 @@ def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
             path=start,
             reason="channels",
         )
-    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels, "regions": ()})
-
-
-@dataclass(frozen=True)
-class _Files:
-    """What a training of a fold leaves on the disk; of several processes one writes."""
-
-    folder: Path
-    fold: int
-    recipe: str
-    writes: bool
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / f"fold_{self.fold}.checkpoint"
-
-    def resume(self, state: TrainState) -> None:
-        if self.checkpoint.is_file():
-            state.load(self.checkpoint, self.recipe)
-
-    def save(self, state: TrainState) -> None:
-        if self.writes:
-            state.save(self.checkpoint, self.recipe)
-
-    def finish(self, state: TrainState) -> None:
-        if self.writes:
-            _write_history(state.history, self.folder / f"fold_{self.fold}.history.csv")
-            save_weights(state.average, self.folder / f"fold_{self.fold}.safetensors")
-            self.checkpoint.unlink(missing_ok=True)
-
-
-def _train(
-    state: TrainState, losses: Iterator[float], budget: Budget, files: _Files, progress: Progress | None
-) -> None:
-    """Run the training: history, progress, and a checkpoint each minute, at the end, and when it is interrupted."""
-    saved = time.monotonic()
-    recent: list[float] = []
-    began_step, began_seconds = state.step, state.seconds
-    try:
-        for loss in losses:
-            recent = [*recent[1 - HISTORY_STEPS :], loss]
-            done = budget.spent(state.step, state.seconds)
-            speed = (state.step - began_step) / max(1e-9, state.seconds - began_seconds)
-            mean = sum(recent) / len(recent)
-            left = state.seconds * (1 - done) / max(done, 1e-9)
-            if progress:
-                progress(TrainProgress("train", min(1.0, done), state.step, mean, speed, max(0.0, left)))
-            if state.step % HISTORY_STEPS == 0:
-                rate = float(state.optimizer.param_groups[0]["lr"])
-                state.history.append(
-                    {
-                        "step": state.step,
-                        "seconds": state.seconds,
-                        "loss": mean,
-                        "learning_rate": rate,
-                        "steps_per_s": speed,
-                    }
-                )
-            if time.monotonic() - saved > CHECKPOINT_S:
-                files.save(state)
-                saved = time.monotonic()
-    except KeyboardInterrupt:
-        files.save(state)
-        raise
-    files.save(state)
+    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels, "regions": dataset.meaning.regions})
 
 
 def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
@@ -261,16 +201,22 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
         file = where / name
         if not file.is_file():
             content.save(file)
-        elif type(content).load(file) != content:
+        elif _compared(type(content).load(file)) != _compared(content):
             raise ModelError(
                 f"The folder holds a model with another {name}. Train into another folder, or delete this one.",
                 path=file,
             )
 
 
-def _recipe(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case]) -> str:
+def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
+    """Return what must stay the same: all but what cross-validation adds to a plan."""
+    return content.model_copy(update={"keep_largest": ()}) if isinstance(content, Plan) else content
+
+
+def recipe_of(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case]) -> str:
+    """Return a hash of all that a checkpoint depends on."""
     parts = (
-        plan.model_dump_json(),
+        _compared(plan).model_dump_json(),
         settings.model_dump_json(),
         budget.model_dump_json(),
         *(f"{case.name} {sorted(case.undrawn)}" for case in cases),
@@ -285,12 +231,5 @@ def _make_folder(where: Path) -> None:
         raise OutputError(f"The model folder cannot be made: {error.strerror}.", path=where) from error
 
 
-def _in_stage(stage: str, progress: Progress | None) -> Callable[[int, int], None]:
-    return lambda done, total: progress(TrainProgress(stage, done / total)) if progress else None
-
-
-def _write_history(history: Sequence[dict[str, float]], path: Path) -> None:
-    with written_whole(path) as beside, beside.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["step", "seconds", "loss", "learning_rate", "steps_per_s"])
-        writer.writeheader()
-        writer.writerows(history)
+def _in_stage(stage: str, progress: Progress | None, fold: int | None = None) -> Callable[[int, int], None]:
+    return lambda done, total: progress(TrainProgress(stage, done / total, fold=fold)) if progress else None

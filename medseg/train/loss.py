@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,6 +16,9 @@ SMOOTH = 1e-5
 MISSED = 0.7
 """What a missed voxel weighs in the Tversky index; a wrong one weighs the rest."""
 
+IGNORED = -1
+"""The class number of voxels that nobody looked at: they count neither in cross-entropy nor in Dice."""
+
 ONE_HOT = {"softmax": True, "to_onehot_y": True}
 
 
@@ -22,12 +26,15 @@ def deep_loss(name: LossName, logits: Sequence[Tensor], target: Tensor, known: T
     """Return the mean of a loss over the outputs of a U-Net, each weighing half as much as the finer one.
 
     `logits` are (B, C, ...), the finest first; coarser ones are repeated to the size of the target. `target`
-    (B, 1, I, J, K) holds channel numbers, `known` (B, C) says which classes were drawn in each image.
+    (B, 1, I, J, K) holds class numbers; or it is (B, C, I, J, K), one channel for each of C regions that may overlap, 1
+    inside and 0 outside. It is IGNORED where nobody looked. `known` (B, C) says which outputs were drawn in each image.
+    Raises KeyError for a loss that regions do not have.
     Source: Isensee et al., "nnU-Net", Nature Methods 2021; Lee et al., "Deeply-Supervised Nets", 2015.
     """
     weights = [0.5**place for place in range(len(logits))]
     outputs = [functional.interpolate(output.float(), target.shape[2:]) for output in logits]
-    losses = [weight * LOSSES[name](output, target, known) for weight, output in zip(weights, outputs, strict=True)]
+    loss = (REGION_LOSSES if target.shape[1] == logits[0].shape[1] else LOSSES)[name]
+    losses = [weight * loss(output, target, known) for weight, output in zip(weights, outputs, strict=True)]
     return torch.stack(losses).sum() / sum(weights)
 
 
@@ -40,15 +47,16 @@ def dice_ce(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     Image Analysis 2021.
     """
     logits = _marginal(logits, known)
-    return functional.cross_entropy(logits, target[:, 0]) + 1 - _tversky(logits, target, 0.5, known).mean()
+    return _entropy(logits, target) + 1 - _tversky(logits, target, 0.5, known).mean()
 
 
 def weighted_ce(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """Return soft Dice + a cross-entropy to which each class that occurs in the batch adds the same, however small."""
     logits = _marginal(logits, known)
-    entropy = functional.cross_entropy(logits, target[:, 0], reduction="none").flatten()
-    count = torch.bincount(target.flatten(), minlength=logits.shape[1])
-    balanced: Tensor = (entropy / count[target.flatten()]).sum() / (count > 0).sum()
+    entropy = functional.cross_entropy(logits, target[:, 0], reduction="none", ignore_index=IGNORED).flatten()
+    numbers = target.flatten()
+    count = torch.bincount(numbers[numbers >= 0], minlength=logits.shape[1])
+    balanced: Tensor = (entropy / count[numbers].clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
     return balanced + 1 - _tversky(logits, target, 0.5, known).mean()
 
 
@@ -58,7 +66,7 @@ def tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     Source: Salehi et al., "Tversky loss function for image segmentation", MLMI 2017.
     """
     logits = _marginal(logits, known)
-    return functional.cross_entropy(logits, target[:, 0]) + 1 - _tversky(logits, target, MISSED, known).mean()
+    return _entropy(logits, target) + 1 - _tversky(logits, target, MISSED, known).mean()
 
 
 def focal_tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def focal_tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """
     logits = _marginal(logits, known)
     missing = (1 - _tversky(logits, target, MISSED, known)).clamp(min=SMOOTH)
-    return functional.cross_entropy(logits, target[:, 0]) + (missing**0.75).mean()
+    return _entropy(logits, target) + (missing**0.75).mean()
 
 
 def dice_focal(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
@@ -123,20 +131,59 @@ LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "boundary": boundary,
     "cldice": cldice,
 }
-"""From logits (B, C, I, J, K), channel numbers (B, 1, I, J, K) and drawn classes (B, C) to a loss."""
+"""From logits (B, C, I, J, K), class numbers (B, 1, I, J, K) and drawn classes (B, C) to a loss."""
+
+
+def regions_ce(logits: Tensor, target: Tensor, known: Tensor, missed: float = 0.5, power: float = 1.0) -> Tensor:
+    """Return binary cross-entropy + (1 - the Tversky index) to a power, of regions that may overlap, by sigmoids.
+
+    A region that was not drawn in an image has neither there; each region counts alike.
+    Source: Isensee et al., "nnU-Net for brain tumor segmentation", BrainLes 2020.
+    """
+    counted = (target != IGNORED) & known[..., None, None, None]
+    truth = (target == 1).to(logits.dtype)
+    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    index = _index(logits.sigmoid() * counted, truth * counted, missed)
+    missing = (1 - index[known]).clamp(min=SMOOTH) if known.any() else index.new_zeros(1)
+    return (entropy * counted).sum() / counted.sum().clamp(min=1) + (missing**power).mean()
+
+
+REGION_LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "dice_ce": regions_ce,
+    "tversky": partial(regions_ce, missed=MISSED),
+    "focal_tversky": partial(regions_ce, missed=MISSED, power=0.75),
+}
+"""From logits (B, C, I, J, K), regions (B, C, I, J, K) and drawn regions (B, C) to a loss."""
+
+WITH_IGNORED: tuple[LossName, ...] = ("dice_ce", "tversky", "focal_tversky", "weighted_ce")
+"""The losses that can leave voxels out; MONAI's look at whole patches."""
 
 
 def _monai(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
     return loss(_marginal(logits, known), target)
 
 
+def _entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the voxels that are not ignored, 0 where all are."""
+    total = functional.cross_entropy(logits, target[:, 0], ignore_index=IGNORED, reduction="sum")
+    return total / (target != IGNORED).sum().clamp(min=1)
+
+
 def _tversky(logits: Tensor, target: Tensor, missed: float, known: Tensor) -> Tensor:
     """Return the index of each image and class above 0 that was drawn; with `missed` 0.5 it is Dice."""
     shares = logits.softmax(dim=1)
-    truth = functional.one_hot(target[:, 0], logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-    common, found, there = (part.flatten(2).sum(dim=2)[:, 1:] for part in (shares * truth, shares, truth))
-    index = (common + SMOOTH) / ((1 - missed) * found + missed * there + SMOOTH)
+    truth = functional.one_hot(target[:, 0].clamp(min=0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    counted = target != IGNORED
+    if not counted.all():
+        shares, truth = shares * counted, truth * counted
+    index = _index(shares, truth, missed)[:, 1:]
     return index[known[:, 1:]] if known[:, 1:].any() else torch.ones(1, device=logits.device)
+
+
+def _index(shares: Tensor, truth: Tensor, missed: float) -> Tensor:
+    """Return the Tversky index (B, C) of shares and truth (B, C, I, J, K)."""
+    common, found, there = (part.flatten(2).sum(dim=2) for part in (shares * truth, shares, truth))
+    return (common + SMOOTH) / ((1 - missed) * found + missed * there + SMOOTH)
 
 
 def _marginal(logits: Tensor, known: Tensor) -> Tensor:

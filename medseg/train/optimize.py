@@ -17,10 +17,12 @@ from medseg.model.networks import build_network, memory_format, placed
 from medseg.model.plan import Plan
 from medseg.model.weights import begin_with
 from medseg.train.augment import change_intensities
-from medseg.train.checkpoint import TrainState
+from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.loss import deep_loss
+from medseg.train.options import autocast, forward_of, scaler_of, seed_dropout
 from medseg.train.ranks import Ranks
 from medseg.train.sampler import Batch, Sampler
+from medseg.train.schedules import make_optimizer, set_rates
 from medseg.train.settings import Budget, TrainSettings
 
 ALONE = Ranks()
@@ -38,10 +40,9 @@ def new_state(
     if start is not None:
         begin_with(network, start)
     network = placed(network, device).train()
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
-    )
-    return TrainState(network, copy.deepcopy(network), optimizer)
+    average = copy.deepcopy(network)  # before options change how the network runs
+    optimizer, scaler = make_optimizer(network, settings), scaler_of(settings, device)
+    return TrainState(network, average, optimizer, forward_of(network, settings), scaler)
 
 
 def optimize(
@@ -51,16 +52,18 @@ def optimize(
 
     Each of several `ranks` draws a batch of its own: together they take the steps of one with so many times the batch.
     Time between the steps counts, so that a time budget is one of wall clock while the training runs.
+    It ends before that where `state.asked` says so in the first process, and then says it in all.
     Raises ModelError where the loss is no longer a number.
     """
     clock = time.monotonic()
-    samples = range(ranks.rank * settings.batch, (ranks.rank + 1) * settings.batch)
+    drawn = settings.batch * settings.accumulate
+    samples = range(ranks.rank * drawn, (ranks.rank + 1) * drawn)
     for batch in _batches(sampler, samples, state):
-        done = ranks.agreed(budget.spent(state.step, state.seconds))
-        if done >= 1:
+        done = ranks.agreed(state.asked or min(1.0, budget.spent(state.step, state.seconds)))
+        if done >= FINISH:
+            state.asked = done
             return
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(done, settings.warmup)
+        set_rates(state.optimizer, settings, done)
         loss = _step(state, settings, batch, ranks)
         state.step += 1
         state.seconds += time.monotonic() - clock
@@ -68,33 +71,41 @@ def optimize(
         yield loss
 
 
-def schedule(done: float, warmup: float) -> float:
-    """Return the learning rate as a share of its highest when `done` of the budget is spent: rise, then cosine."""
-    if done < warmup:
-        return max(done, 1e-3) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
 def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks) -> float:
-    device = next(state.network.parameters()).device
-    images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), batch.seeds)
-    loss = deep_loss(settings.loss, state.network(images), batch.target.to(device), batch.known.to(device))
-    value = float(loss.detach())
+    seed_dropout(settings, state.step, ranks.rank)
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = zip(*(torch.split(part, settings.batch) for part in batch), strict=True)
+    value = sum(_gradients(state, settings, Batch(*part)) for part in parts)
     if not math.isfinite(value):
         raise ModelError(
             f"The training diverged: the loss is {value} at step {state.step}. Try a lower learning rate.",
             reason="diverged",
         )
-    state.optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
     ranks.average_gradients(state.network.parameters())
+    if state.scaler:
+        state.scaler.unscale_(state.optimizer)
     torch.nn.utils.clip_grad_norm_(state.network.parameters(), settings.gradient_norm)
-    state.optimizer.step()
+    if state.scaler:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        state.optimizer.step()
     decay = min(settings.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
         for mean, weight in zip(state.average.parameters(), state.network.parameters(), strict=True):
             mean.lerp_(weight, 1 - decay)
     return value
+
+
+def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> float:
+    """Add the gradients of one batch to those of a step; return its part of the loss."""
+    device = next(state.network.parameters()).device
+    images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), batch.seeds)
+    with autocast(settings, device):
+        logits = (state.forward or state.network)(images)
+    loss = deep_loss(settings.loss, logits, batch.target.to(device), batch.known.to(device)) / settings.accumulate
+    torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
+    return float(loss.detach())
 
 
 def _batches(sampler: Sampler, samples: range, state: TrainState) -> Iterator[Batch]:

@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import grid_sample
 
+from medseg.errors import DatasetError
 from medseg.model.plan import Plan
 from medseg.train.cache import Prepared
+from medseg.train.dataset_json import values_of
+from medseg.train.loss import IGNORED
 
 ROTATION_SHARE, ROTATION_DEGREES = 0.3, 30.0
 SCALING_SHARE, SCALING_RANGE = 0.3, (0.7, 1.4)
@@ -22,7 +25,10 @@ Generator = np.random.Generator
 
 
 class Batch(NamedTuple):
-    """Images (B, C, I, J, K), channel numbers (B, 1, I, J, K), which classes (B, outputs) were drawn, and seeds (B)."""
+    """Images (B, C, I, J, K), class numbers (B, 1, I, J, K), which outputs (B, outputs) were drawn, and seeds (B).
+
+    For regions, which may overlap, the numbers are (B, outputs, I, J, K): 1 inside, 0 outside, IGNORED.
+    """
 
     images: torch.Tensor
     target: torch.Tensor
@@ -45,9 +51,22 @@ class Sampler:
         return Batch(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
     def patch(self, step: int, sample: int) -> Batch:
-        """Return one patch, without the first axis of a batch, turned, scaled and mirrored at random."""
+        """Return one patch, without the first axis of a batch, turned, scaled and mirrored at random.
+
+        Raises DatasetError that names the case where its prepared files cannot be read.
+        """
         random = np.random.default_rng([self.seed, step, sample])
         case = self.cases[int(random.integers(len(self.cases)))]
+        try:
+            return self._drawn(case, random)
+        except Exception as error:  # whatever it is, it must be known which case it was
+            raise DatasetError(
+                f"No patch could be drawn from {case.name}: {type(error).__name__}. Delete the cache of the model and "
+                "start again; if that does not help, look at this case.",
+                reason="case",
+            ) from error
+
+    def _drawn(self, case: Prepared, random: Generator) -> Batch:
         center = self._center(case, random)
         matrix = self._warp(random)
         patch = np.asarray(self.plan.patch)
@@ -61,14 +80,16 @@ class Sampler:
         image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
         target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
         seed = torch.tensor(int(random.integers(2**62)))
-        return Batch(image, target.long(), torch.from_numpy(case.known), seed)
+        return Batch(image, in_outputs(target.long(), self.plan), torch.from_numpy(case.known), seed)
 
     def _center(self, case: Prepared, random: Generator) -> NDArray[np.float64]:
         size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
         # A patch stays inside the image; where it is larger, the image stays inside the patch.
         low, high = np.minimum(0, size - patch), np.maximum(0, size - patch)
-        if case.places and random.random() < self.foreground:
-            voxels = case.places[random.choice(list(case.places))]
+        classes = [number for number in case.places if number]
+        number = int(random.choice(classes)) if classes and random.random() < self.foreground else 0
+        if number in case.places:  # 0 is there where voxels are ignored: any that is not
+            voxels = case.places[number]
             start = np.clip(voxels[random.integers(len(voxels))] - patch // 2, low, high)
         else:
             start = random.integers(low, high + 1)
@@ -86,6 +107,18 @@ class Sampler:
                 matrix[:, axis] = -matrix[:, axis]
         spacing = np.asarray(self.plan.spacing_mm)
         return np.asarray(matrix * spacing / spacing[:, None])  # turned in mm, not in voxels
+
+
+def in_outputs(numbers: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return class numbers (1, I, J, K) as a loss takes them: as they are, or for a plan with regions one channel each.
+
+    A class is one value of the label files, counted from 1.
+    """
+    if not plan.regions:
+        return numbers
+    values = values_of(plan.labels, plan.regions)
+    inside = torch.tensor([[0, *(value in region.members for value in values)] for region in plan.regions])
+    return torch.where(numbers < 0, IGNORED, inside[:, numbers[0].clamp(min=0)])
 
 
 def _rotation(axis: int, angle: float) -> NDArray[np.float64]:

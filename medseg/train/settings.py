@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,24 +42,45 @@ class Budget(BaseModel):
         """Return the share of the budget that is used up after `step` steps and `seconds` of training."""
         return step / self.steps if self.steps else seconds / (self.seconds or 1.0)
 
+    def left(self, step: int, seconds: float, steps_per_s: float) -> float:
+        """Return the seconds of training that are left; those of a budget in steps at the speed of now."""
+        left = (self.steps - step) / max(steps_per_s, 1e-9) if self.steps else (self.seconds or 0.0) - seconds
+        return max(0.0, left)
+
 
 class TrainSettings(Stored):
     """The recipe. Defaults are what the shipped models were trained with.
 
-    `learning_rate` is AdamW's highest, after a linear rise over `warmup` of the budget, and falls by a cosine to 0.
-    `ema` is the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of
-    patches that are centered on a labelled voxel. `loss` is one of `train.loss`.
+    `learning_rate` is the highest of Muon, after a linear rise over `warmup` of the budget; it falls by a cosine to 0.
+    `schedule` may also be "one_cycle" (with momentum running against it) or "poly" (falling from the start), and
+    `optimizer` "adamw" (which takes a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
+    the gradients of `accumulate` batches. `dropout` is the share of feature maps that are left out at random.
+    `checkpointing` computes stages again in the backward pass instead of keeping them. `precision` is that of
+    convolutions, by default half on CUDA and float32 elsewhere. `compile` runs the network through torch.compile. With
+    `early_stop` a training ends when for that share of its budget the validation patches have not been better: never by
+    default, as the learning rate is small only at the end. `ema` is the decay of the running mean of the weights, which
+    is what a model keeps. `foreground` is the share of patches that are centered on a labelled voxel. `loss` is one of
+    `train.loss`.
     """
 
     what = "recipe in train.json"
 
     batch: int = Field(default=2, ge=1)
     loss: LossName = "dice_ce"
-    learning_rate: float = Field(default=3e-3, gt=0)
+    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ema: float = Field(default=0.99, ge=0, lt=1)
     gradient_norm: float = Field(default=12.0, gt=0)
     foreground: float = Field(default=0.5, ge=0, le=1)
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    schedule: Literal["cosine", "one_cycle", "poly"] = "cosine"
+    accumulate: int = Field(default=1, ge=1)
+    dropout: float = Field(default=0, ge=0, lt=1)
+    checkpointing: bool = False
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    compile: bool = False
+    early_stop: float = Field(default=0, ge=0, lt=1)
     folds: int = Field(default=5, ge=2)
     seed: int = Field(default=12345, ge=0)

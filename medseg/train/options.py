@@ -1,0 +1,82 @@
+"""Options of a training that a network or a step can have: dropout, less memory, precision, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from medseg.model.networks import UNet
+from medseg.train.settings import TrainSettings
+
+Forward = Callable[[Tensor], Any]
+
+
+def forward_of(network: nn.Module, settings: TrainSettings) -> Forward:
+    """Return how a network is run in training: with dropout, recomputing or compiled, where the recipe says so.
+
+    The weights and their names stay those of the network.
+    """
+    if settings.dropout:
+        add_dropout(network, settings.dropout)
+    if settings.checkpointing:
+        recompute(network)
+    return torch.compile(network) if settings.compile else network
+
+
+def add_dropout(network: nn.Module, share: float) -> None:
+    """Drop a share of the feature maps of each convolution but the outputs, in training mode, at random."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d) and not name.startswith("outputs."):
+            module.register_forward_hook(partial(_dropped, share))
+
+
+def _dropped(share: float, module: nn.Module, _: Any, features: Tensor) -> Tensor:
+    return functional.dropout3d(features, share, training=module.training)
+
+
+def recompute(network: nn.Module) -> None:
+    """Keep only what goes into and out of each stage; the backward pass computes the rest again.
+
+    Source: Chen et al., "Training deep nets with sublinear memory cost", 2016.
+    """
+    if isinstance(network, UNet):
+        for stage in (*network.encoder, *network.decoder):
+            stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+
+
+def seed_dropout(settings: TrainSettings, step: int, rank: int) -> None:
+    """Make what is dropped a function of (seed, step, process) alone."""
+    if settings.dropout:
+        torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, rank]).generate_state(1)[0]))
+
+
+def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    """Return the type that convolutions compute in: what the recipe says, or by default the half that CUDA is fast in.
+
+    Never half by default on a CPU or on Apple's GPUs.
+    """
+    if settings.precision != "auto":
+        named: torch.dtype = getattr(torch, settings.precision)
+        return named
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a network computes in the precision of the recipe."""
+    precision = precision_of(settings, device)
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def scaler_of(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler | None:
+    """Return what keeps small gradients above the smallest float16; no other precision needs it."""
+    return torch.amp.GradScaler(device.type) if precision_of(settings, device) == torch.float16 else None

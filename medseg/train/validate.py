@@ -1,0 +1,175 @@
+"""Folds scored on the cases that they kept aside, alone and pooled, and the clean-up that this speaks for.
+
+The label maps stay in MODEL/validation until the weights change: like the cache they are patients' data, and may be
+deleted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg.errors import MedsegError, ModelError, UsageError
+from medseg.io import load, save
+from medseg.io.files import written_whole
+from medseg.model.plan import Plan
+from medseg.model.segmenter import Model
+from medseg.process.cleanup import keep_largest_piece
+from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, compare_labels, write_scores_csv
+from medseg.report.pictures import draw_overlay
+from medseg.train.card import write_card
+from medseg.train.dataset import Case, Dataset
+from medseg.train.dataset_json import members_of
+from medseg.train.postprocess import choose_largest
+from medseg.train.run import Progress, TrainProgress
+from medseg.train.settings import TrainSettings
+from medseg.volume import Volume
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def validate_fold(
+    model: Model, dataset: Dataset, folder: str | PathLike[str], *, fold: int = 0, progress: Progress | None = None
+) -> Scores:
+    """Return the scores on the cases that a fold kept aside; write what they are, and MODEL_CARD.md if it is new.
+
+    The folder gets fold_N.scores.json and fold_N.scores.csv, the label maps in validation/fold_N and, with matplotlib,
+    pictures of the worst and the middle case beside them. A case that cannot be segmented has failed.
+    Raises ModelError where the folder has no recipe, and what reading a reference raises.
+    """
+    scores = score_fold(model, dataset, Path(folder), fold, progress)
+    write_card(Path(folder), model.plan, dataset.name, len(dataset))
+    return scores
+
+
+def score_fold(model: Model, dataset: Dataset, where: Path, fold: int, progress: Progress | None = None) -> Scores:
+    """Return the scores of `validate_fold`, and write all but the card."""
+    settings = TrainSettings.load(where / "train.json")
+    _, validation = dataset.fold(fold, settings.folds)
+    raw = copy.copy(model)  # the choice of what to clean up needs label maps as the network gives them
+    raw.plan = model.plan.model_copy(update={"keep_largest": ()})
+    scored = []
+    for done, case in enumerate(validation, start=1):
+        failure = _segment(raw, case, _prediction(where, fold, case), newer_than=where / f"fold_{fold}.safetensors")
+        scored.append(_score(case, _prediction(where, fold, case), model.plan, failure))
+        if progress:
+            progress(TrainProgress("validate", done / len(validation), fold=fold))
+    scores = Scores(tuple(scored))
+    _write(scores, where, f"fold_{fold}.scores", {})
+    _draw_examples(scores, validation, where, fold, model.plan)
+    return scores
+
+
+def cross_validate(
+    dataset: Dataset, folder: str | PathLike[str], *, device: str | None = None, progress: Progress | None = None
+) -> Scores:
+    """Return the scores of every case by the fold that did not train on it, with the clean-up that they speak for.
+
+    All folds must be trained. Those that are not scored yet are. The largest piece of all labels, and then of each, is
+    kept where that raises the mean Dice over all cases (`postprocess.choose_largest`): the plan gets it as
+    `keep_largest`, scores.json says what was tried. The folder gets scores.json and scores.csv.
+    Raises ModelError where a fold has no weights, and what `validate_fold` raises.
+    """
+    where = Path(folder)
+    folds = TrainSettings.load(where / "train.json").folds
+    missing = [str(fold) for fold in range(folds) if not (where / f"fold_{fold}.safetensors").is_file()]
+    if missing:
+        raise ModelError(
+            f"Of {folds} folds these are not trained: {', '.join(missing)}. Train them first.",
+            path=where,
+            reason="fold",
+        )
+    for fold in range(folds):
+        if not is_scored(where, fold):
+            score_fold(Model.load(where, device=device, folds=(fold,)), dataset, where, fold, progress)
+    plan = Plan.load(where / "plan.json")
+    cases = [(case, _prediction(where, fold, case)) for fold in range(folds) for case in dataset.fold(fold, folds)[1]]
+    groups, tried = choose_largest(cases, plan, load_prediction)
+    plan = plan.model_copy(update={"keep_largest": groups})
+    plan.save(where / "plan.json")
+    scored = []
+    for done, (case, file) in enumerate(cases, start=1):
+        scored.append(_score(case, file, plan, None))
+        if progress:
+            progress(TrainProgress("score", done / len(cases)))
+    scores = Scores(tuple(scored))
+    _write(scores, where, "scores", {"folds": folds, "postprocessing": tried})
+    write_card(where, plan, dataset.name, len(dataset))
+    return scores
+
+
+def is_scored(where: Path, fold: int) -> bool:
+    """Return whether the scores of a fold are there and of the weights that are there."""
+    return is_newer(where / f"fold_{fold}.scores.json", where / f"fold_{fold}.safetensors")
+
+
+def load_prediction(file: Path, reference: Volume) -> tuple[Volume, str | None]:
+    """Return the label map of a case, or nothing found and the reason for which there is none."""
+    try:
+        found = load(file)
+        return found.with_array(np.array(found.array)), None
+    except MedsegError as error:
+        return reference.with_array(np.zeros(reference.array.shape, np.uint8)), error.reason
+
+
+def _prediction(where: Path, fold: int, case: Case) -> Path:
+    return where / "validation" / f"fold_{fold}" / f"{case.name}.nii.gz"
+
+
+def _segment(model: Model, case: Case, target: Path, *, newer_than: Path) -> str | None:
+    """Write the label map of a case, unless it is there; return the reason where it cannot be made."""
+    if is_newer(target, newer_than):
+        return None
+    try:
+        labels = model.segment(load(case.images if len(case.images) > 1 else case.images[0]))
+    except MedsegError as error:
+        target.unlink(missing_ok=True)
+        return error.reason
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save(labels, target)
+    return None
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    """Return whether a file is there and was not written before another one."""
+    return file.is_file() and (not other.is_file() or file.stat().st_mtime_ns >= other.stat().st_mtime_ns)
+
+
+def _score(case: Case, file: Path, plan: Plan, failure: str | None) -> CaseScores:
+    reference = load(case.label)
+    found, missing = load_prediction(file, reference)
+    for group in plan.keep_largest:
+        keep_largest_piece(found.array[0], group)
+    drawn = [label for label in plan.labels if label.value not in case.undrawn]
+    members = members_of(plan.labels, plan.regions)
+    scores = compare_labels(found, reference, drawn, tolerance_mm=TOLERANCE_MM, members=members, ignore=case.ignore)
+    return CaseScores(case.name, tuple(scores), failure or missing, case.group)
+
+
+def _write(scores: Scores, where: Path, stem: str, more: dict[str, Any]) -> None:
+    write_scores_csv(scores, where / f"{stem}.csv")
+    with written_whole(where / f"{stem}.json") as beside:
+        beside.write_text(json.dumps(scores.to_dict() | more, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw_examples(scores: Scores, cases: Sequence[Case], where: Path, fold: int, plan: Plan) -> None:
+    """Draw the worst and the middle case by mean Dice: what was found, and the reference."""
+    dice = {case.name: Scores((case,)).mean["dice"] for case in scores.cases if case.failure is None}
+    order = sorted((case for case in cases if dice.get(case.name, np.nan) >= 0), key=lambda case: dice[case.name])
+    chosen = {"worst": 0, "middle": len(order) // 2} if order else {}
+    for name, place in chosen.items():
+        case, stem = order[place], where / "validation" / f"fold_{fold}.{name}"
+        image, reference = load(case.images[0]), load(case.label)
+        found, _ = load_prediction(_prediction(where, fold, case), reference)
+        for labels, kind in ((found, "found"), (reference, "reference")):
+            title = f"{case.name}: {kind}, Dice {dice[case.name]:.3f}"
+            try:
+                draw_overlay(image, labels, plan.labels, stem.with_name(f"{stem.name}.{kind}.png"), title=title)
+            except UsageError:
+                return  # without matplotlib there are no pictures

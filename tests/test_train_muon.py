@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from medseg.train.muon import Muon, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
+def test_an_orthogonal_matrix_keeps_the_singular_vectors_and_evens_the_values(shape):
+    torch.manual_seed(1)
+    matrix = torch.randn(shape, dtype=torch.float64) * torch.linspace(0.5, 2, shape[0], dtype=torch.float64)[:, None]
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert values.max() / values.min() > 1.9
+    evened = left.mT @ orthogonal(matrix) @ right.mT
+    assert evened.diagonal().min() > 0.6
+    assert evened.diagonal().max() < 1.3
+    torch.testing.assert_close(evened, torch.diag(evened.diagonal()), atol=1e-6, rtol=0)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, 3, bias=False)
+        self.norm = nn.GroupNorm(4, 4)
+        self.outputs = nn.Conv3d(4, 3, 1)
+
+
+def test_norms_biases_and_outputs_step_as_in_adamw():
+    network, twin = Small(), Small()
+    twin.load_state_dict(network.state_dict())
+    own = Muon(network, 0.01, 0.1)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        own.step()
+        adamw.step()
+    for (name, a), b in zip(network.named_parameters(), twin.parameters(), strict=True):
+        if name == "conv.weight":
+            assert not torch.allclose(a, b)
+        else:
+            torch.testing.assert_close(a, b)
+
+
+def test_the_step_of_a_convolution_does_not_depend_on_the_size_of_its_gradient():
+    changes = []
+    for size in (1e-3, 1e3):
+        torch.manual_seed(0)
+        network = Small()
+        before = network.conv.weight.detach().clone()
+        network.conv.weight.grad = size * torch.randn(network.conv.weight.shape)
+        Muon(network, 0.01, 0.0).step()
+        changes.append(before - network.conv.weight.detach())
+    torch.testing.assert_close(changes[0], changes[1], rtol=1e-3, atol=1e-6)
+    assert 0.1 < changes[0].square().mean().sqrt() / 0.01 < 0.4  # about AdamW's

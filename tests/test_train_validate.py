@@ -1,0 +1,241 @@
+"""Cross-validation: every case scored by the fold that has not seen it, and the clean-up that this speaks for."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import make_balls, make_shells, small_plan
+
+from medseg.errors import InputError, ModelError
+from medseg.io import load, save
+from medseg.model.plan import Plan
+from medseg.model.segmenter import Model
+from medseg.report.metrics import evaluate_folder
+from medseg.train.dataset import read_dataset
+from medseg.train.dataset_json import read_meaning
+from medseg.train.evaluate import evaluate
+from medseg.train.loop import train_dataset, train_model
+from medseg.train.postprocess import choose_largest
+from medseg.train.run import TrainProgress
+from medseg.train.settings import TrainSettings
+from medseg.train.validate import cross_validate, load_prediction, validate_fold
+
+FAST = TrainSettings(folds=3)
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory):
+    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
+
+
+@pytest.fixture(scope="module")
+def plan(balls):
+    return small_plan(balls)
+
+
+@pytest.fixture(scope="module")
+def crossed(balls, plan, tmp_path_factory):
+    """A cross-validation of all folds, interrupted in the second one and begun again."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+
+    def stop(now: TrainProgress) -> None:
+        if now.fold == 1 and now.step == 2:
+            raise KeyboardInterrupt
+
+    root = balls.cases[0].label.parents[1]
+    with pytest.raises(KeyboardInterrupt):
+        train_dataset(root, folder, budget="20steps", fold=None, folds=3, progress=stop)
+    written = (folder / "fold_0.safetensors").stat().st_mtime_ns
+    seen: list[TrainProgress] = []
+    scores = train_dataset(root, folder, budget="20steps", fold=None, folds=3, progress=seen.append)
+    assert (folder / "fold_0.safetensors").stat().st_mtime_ns == written
+    assert min(now.step for now in seen if now.stage == "train" and now.fold == 1) == 3
+    return folder, scores
+
+
+def test_every_case_is_scored_once_by_the_fold_that_has_not_seen_it(balls, crossed):
+    folder, scores = crossed
+    assert sorted(case.name for case in scores.cases) == [case.name for case in balls]
+    written = json.loads((folder / "scores.json").read_text())
+    assert written["mean"]["dice"] == pytest.approx(scores.mean["dice"])
+    assert len(list(csv.DictReader((folder / "scores.csv").read_text().splitlines()))) == 6
+    for fold in range(3):
+        model = Model.load(folder, folds=(fold,))
+        for case in balls.fold(fold, 3)[1]:
+            kept = load(folder / f"validation/fold_{fold}/{case.name}.nii.gz")
+            raw = model.plan.model_copy(update={"keep_largest": ()})
+            model.plan = raw
+            np.testing.assert_array_equal(kept.array, model.segment(load(case.images[0])).array)
+
+
+def test_what_is_done_is_not_done_again(balls, crossed, monkeypatch):
+    folder, scores = crossed
+    monkeypatch.setattr(Model, "segment", None)
+    assert cross_validate(balls, folder).mean["dice"] == pytest.approx(scores.mean["dice"])
+
+
+def test_the_choice_is_stored_in_the_plan_and_told(crossed):
+    folder, _ = crossed
+    tried = json.loads((folder / "scores.json").read_text())["postprocessing"]
+    assert [one["largest_piece_of"] for one in tried] == [["ball"]]
+    assert bool(Plan.load(folder / "plan.json").keep_largest) == tried[0]["kept"]
+    assert tried[0]["kept"] == (tried[0]["dice_after"] > tried[0]["dice_before"])
+
+
+def test_folds_that_are_not_trained_are_named(balls, plan, tmp_path):
+    train_model(balls, plan, tmp_path, budget="1steps", fold=1, settings=FAST)
+    with pytest.raises(ModelError, match="not trained: 0, 2"):
+        cross_validate(balls, tmp_path)
+
+
+def test_folds_answer_together_by_the_mean_of_their_logits(balls, crossed):
+    folder, _ = crossed
+    from medseg.model.preprocess import prepare
+
+    model = Model.load(folder, runtime="torch")
+    prepared = prepare(load(balls.cases[0].images[0]), model.plan)
+    alone = [Model.load(folder, runtime="torch", folds=(fold,)).logits(prepared) for fold in range(3)]
+    torch.testing.assert_close(model.logits(prepared), torch.stack(alone).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_the_worst_and_the_middle_case_lie_beside_the_label_maps(crossed):
+    folder, _ = crossed
+    names = {file.name for file in (folder / "validation").glob("fold_0.*.png")}
+    assert names == {f"fold_0.{case}.{kind}.png" for case in ("worst", "middle") for kind in ("found", "reference")}
+
+
+def test_a_case_that_cannot_be_segmented_has_failed(balls, plan, tmp_path, monkeypatch):
+    model = train_model(balls, plan, tmp_path, budget="1steps", settings=FAST)
+    segment, name = Model.segment, balls.fold(0, 3)[1][0].name
+
+    def fail_once(self, volume, **options):
+        if volume.grid.matches(load(balls.fold(0, 3)[1][0].images[0]).grid):
+            raise InputError("The scan is too dark.", reason="dark")
+        return segment(self, volume, **options)
+
+    monkeypatch.setattr(Model, "segment", fail_once)
+    for scores in (validate_fold(model, balls, tmp_path), evaluate(model, balls.fold(0, 3)[1])):
+        (failed,) = scores.failed
+        assert (failed.name, failed.failure, failed.labels[0].dice) == (name, "dark", 0.0)
+        assert len(scores.cases) == 2
+
+
+def written_cases(dataset, folder, change):
+    """Return cases with files of their own labels, each changed by a function of (place, values)."""
+    folder.mkdir()
+    pairs = []
+    for place, case in enumerate(dataset):
+        labels = load(case.label)
+        file = folder / f"{case.name}.nii.gz"
+        save(labels.with_array(change(place, labels.array.copy())), file)
+        pairs.append((case, file))
+    return pairs
+
+
+def with_speck(place, values):
+    values[0, 0, 0, 0] = 1
+    return values
+
+
+def halved(place, values):
+    middle = np.argwhere(values[0] > 0)[:, 0].mean()
+    values[0, int(middle)] = 0
+    return values
+
+
+def test_the_largest_piece_is_kept_where_that_is_better_and_not_where_it_is_worse(balls, plan, tmp_path):
+    groups, tried = choose_largest(written_cases(balls, tmp_path / "a", with_speck), plan, load_prediction)
+    assert groups == ((1,),)
+    assert (tried[0]["kept"], tried[0]["dice_after"]) == (True, 1.0)
+    groups, tried = choose_largest(written_cases(balls, tmp_path / "b", halved), plan, load_prediction)
+    assert groups == ()
+    assert tried[0]["dice_after"] < tried[0]["dice_before"] < 1
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_each_label_is_tried_by_itself_too(tmp_path, regions):
+    dataset = read_dataset(make_shells(tmp_path / "shells", regions=regions, cases=3))
+    plan = small_plan(dataset)
+
+    def specks(place, values):
+        values[0, 0, 0, 0] = 2  # of the core alone; a piece of all labels taken together as well
+        return halved(place, values)
+
+    pairs = written_cases(dataset, tmp_path / "found", specks)
+    _, tried = choose_largest(pairs, plan, load_prediction)
+    names = ["ball", "core"] if regions else ["shell", "core"]
+    assert [one["largest_piece_of"] for one in tried] == [names, names[:1], names[1:]]
+    # What is tried alone has the Dice that evaluating changed files gives.
+    from medseg.process.cleanup import keep_largest_piece
+
+    for row, group in zip(tried[1:], [(1, 2) if regions else (1,), (2,)], strict=True):
+        (tmp_path / f"only{group}").mkdir()
+        for case, file in pairs:
+            labels = load(file)
+            array = labels.array.copy()
+            if tried[0]["kept"]:
+                keep_largest_piece(array[0], (1, 2))
+            keep_largest_piece(array[0], group)
+            save(labels.with_array(array), tmp_path / f"only{group}" / f"{case.name}.nii.gz")
+        scores = evaluate_folder(
+            tmp_path / f"only{group}", tmp_path / "shells/labels", dataset.labels, members=dataset.meaning.members
+        )
+        assert row["dice_after"] == pytest.approx(scores.label_means[group[-1] if len(group) == 1 else 1]["dice"])
+
+
+def test_a_missing_label_map_counts_as_one_in_which_nothing_was_found(balls, plan, tmp_path):
+    pairs = written_cases(balls, tmp_path / "a", with_speck)
+    pairs[0][1].unlink()
+    _, tried = choose_largest(pairs, plan, load_prediction)
+    assert tried[0]["dice_after"] == pytest.approx(5 / 6)
+
+
+def test_ignored_voxels_do_not_speak_for_or_against_a_clean_up(balls, plan, tmp_path):
+    root = make_balls(tmp_path / "balls", cases=2, shape=(16, 18, 14))
+    for file in (root / "labels").iterdir():
+        labels = load(file)
+        values = labels.array.copy()
+        values[0, :3] = 9
+        save(labels.with_array(values), file)
+    content = json.loads((root / "dataset.json").read_text())
+    content["labels"]["ignore"] = 9
+    (root / "dataset.json").write_text(json.dumps(content))
+    dataset = read_dataset(root)
+
+    def speck_where_nobody_looked(place, values):
+        values[values == 9] = 0
+        return with_speck(place, values)
+
+    groups, tried = choose_largest(
+        written_cases(dataset, tmp_path / "a", speck_where_nobody_looked), plan, load_prediction
+    )
+    assert (groups, tried[0]["dice_before"], tried[0]["dice_after"]) == ((), 1.0, 1.0)
+
+
+def test_a_structure_that_is_nowhere_is_not_decided_on(balls, plan, tmp_path):
+    cases = [dataclasses.replace(case, undrawn=frozenset({1})) for case in balls]
+    pairs = written_cases(dataclasses.replace(balls, cases=tuple(cases)), tmp_path / "a", with_speck)
+    assert choose_largest(pairs, plan, load_prediction) == ((), [])
+
+
+def test_labels_are_named_by_a_dataset_a_plan_or_a_table(balls, plan, tmp_path):
+    root = balls.cases[0].label.parents[1]
+    plan.save(tmp_path / "plan.json")
+    table = [label.model_dump() for label in plan.labels]
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    for file in (root / "dataset.json", tmp_path / "plan.json", tmp_path / "table.json"):
+        assert read_meaning(file).labels == plan.labels
+    (tmp_path / "table.json").write_text("no table")
+    with pytest.raises(InputError, match="label table"):
+        read_meaning(tmp_path / "table.json")
+    with pytest.raises(InputError):
+        read_meaning(tmp_path / "missing.json")
+    assert math.isnan(evaluate_folder(root / "labels", root / "labels", ()).mean["dice"])

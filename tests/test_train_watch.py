@@ -1,0 +1,224 @@
+"""What can be seen of a training, and when it stops."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import make_balls, make_shells, small_plan
+
+from medseg.errors import UsageError
+from medseg.model.weights import state_of
+from medseg.train import run, watch
+from medseg.train.cache import prepare_cases
+from medseg.train.checkpoint import INTERRUPT
+from medseg.train.dataset import read_dataset
+from medseg.train.loop import recipe_of, train_model
+from medseg.train.optimize import new_state
+from medseg.train.run import FoldFiles, TrainProgress, run_steps, stop_signals
+from medseg.train.settings import Budget, TrainSettings
+from medseg.train.watch import Paced, Probe, Watch, draw_history, stalled
+
+CPU = torch.device("cpu")
+FAST = TrainSettings(folds=3)
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory):
+    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
+
+
+@pytest.fixture(scope="module")
+def plan(balls):
+    return small_plan(balls, features=4)
+
+
+class Told(torch.nn.Module):
+    """A network that knows the answer: the class numbers stand in the image."""
+
+    def __init__(self, outputs: int, *, regions: bool = False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.outputs, self.regions = outputs, regions
+
+    def forward(self, image):
+        if self.regions:
+            return torch.cat([image >= 1, image >= 2], dim=1).float() * 20 - 10
+        return torch.cat([image == number for number in range(self.outputs)], dim=1).float() * 20
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_probe_sees_what_was_found_and_leaves_out_what_is_not_known(tmp_path, regions):
+    dataset = read_dataset(make_shells(tmp_path / "shells", regions=regions, ignore=7, cases=3))
+    plan = small_plan(dataset)
+    cases = prepare_cases(dataset.cases, plan, tmp_path / "cache")
+    told = [dataclasses.replace(case, image=case.target[None].astype(np.float32)) for case in cases]
+    names = {"dice_ball", "dice_core"} if regions else {"dice_shell", "dice_core"}
+    probe = Probe(told, plan, FAST)
+    seen = probe(Told(plan.outputs, regions=regions))
+    assert seen.keys() == names | {"validation_loss"}
+    assert [seen[name] for name in names] == [1.0, 1.0]
+    assert seen["validation_loss"] == pytest.approx(0, abs=1e-3)
+    known = np.array([True, False] if regions else [True, True, False])
+    undrawn = Probe([dataclasses.replace(case, known=known) for case in told], plan, FAST)
+    assert undrawn(Told(plan.outputs, regions=regions)).keys() == names - {"dice_core"} | {"validation_loss"}
+    nothing = [dataclasses.replace(case, image=np.zeros_like(case.image)) for case in told]
+    assert [Probe(nothing, plan, FAST)(Told(plan.outputs, regions=regions))[name] for name in names] == [0.0, 0.0]
+
+
+def test_a_training_leaves_a_history_with_dice_and_a_picture(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HISTORY_STEPS", 3)
+    train_model(balls, plan, tmp_path, budget="7steps", settings=FAST)
+    rows = list(csv.DictReader((tmp_path / "fold_0.history.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["3", "6", "7"]
+    assert set(rows[-1]) == {*watch.COLUMNS, "dice_ball"}
+    assert 0 <= float(rows[-1]["dice_ball"]) <= 1
+    assert (tmp_path / "fold_0.progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_looking_changes_no_weight(balls, plan, tmp_path, monkeypatch):
+    found = []
+    for name, steps in (("often", 1), ("never", 100)):
+        monkeypatch.setattr(run, "HISTORY_STEPS", steps)
+        found.append(train_model(balls, plan, tmp_path / name, budget="4steps", settings=FAST).networks[0])
+    often, never = (state_of(network) for network in found)
+    assert all(torch.equal(tensor, never[name]) for name, tensor in often.items())
+
+
+def test_work_that_takes_time_takes_a_share_of_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    pace, spent = Paced(0.01, _ended=0.0), 0.0
+    for _ in range(10_000):
+        now[0] += 1.0
+        if pace.is_due:
+            with pace.work():
+                now[0] += 2.0
+                spent += 2.0
+    assert 0.005 < spent / now[0] < 0.011
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not draw_history([{"step": 1, "loss": 1.0}], tmp_path / "picture.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_the_history(balls, plan, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(run, "HISTORY_STEPS", 2)
+    train_model(balls, plan, tmp_path, budget="4steps", settings=FAST, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard/fold_0")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 4]
+    assert "dice_ball" in events.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_installed_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"medseg\[tensorboard\]"):
+        Watch(tmp_path, 0, tensorboard=True)
+
+
+def test_early_stopping_waits_for_a_share_of_the_budget():
+    history = [{"step": step, "dice_a": dice} for step, dice in ((50, 0.5), (100, 0.8), (150, 0.7), (200, 0.75))]
+    assert not stalled(history[:2], 0.2, 0.1, 100)
+    assert not stalled(history, 0.4, 0.25, 200)  # best at 0.2 of the budget, now at 0.4
+    assert stalled(history, 0.4, 0.15, 200)
+    assert not stalled([{"step": 50}], 0.9, 0.1, 50)
+
+
+def test_a_training_that_is_not_getting_better_stops_and_is_whole(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HISTORY_STEPS", 2)
+    monkeypatch.setattr(Paced, "is_due", True)
+    monkeypatch.setattr(Probe, "__call__", lambda *_: {"validation_loss": 1.0, "dice_ball": 0.5})
+    steps: list[int] = []
+    settings = FAST.model_copy(update={"early_stop": 0.31})
+    train_model(balls, plan, tmp_path, budget="20steps", settings=settings, progress=lambda now: steps.append(now.step))
+    assert max(steps) == 10  # best at step 2, the share since then is more than 0.3 at step 10
+    assert (tmp_path / "fold_0.safetensors").is_file()
+    assert not (tmp_path / "fold_0.checkpoint").exists()
+
+
+@pytest.mark.parametrize("budget", [Budget(seconds=2000.0), Budget(steps=1000)])
+def test_the_time_that_is_left_is_right_within_5_percent(plan, tmp_path, monkeypatch, budget):
+    """A step takes 2 s, but the first ten take 10: something is compiled, or disks are cold."""
+    state = new_state(plan, FAST, CPU)
+    told: list[tuple[float, float]] = []
+
+    def losses():
+        while budget.spent(state.step, state.seconds) < 1:
+            state.step += 1
+            state.seconds += 10.0 if state.step <= 10 else 2.0
+            yield 1.0
+
+    def note(now: TrainProgress) -> None:
+        told.append((state.seconds, now.seconds_left))
+
+    run_steps(state, losses(), budget, FoldFiles(tmp_path, 0, "", None), note)
+    end = state.seconds
+    late = [(seconds, left) for seconds, left in told if seconds > 0.15 * end]
+    for seconds, left in late:
+        assert left == pytest.approx(end - seconds, abs=0.05 * end)
+    assert told[-1][1] == 0.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_a_second_one_does_not_wait(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stopped:
+        assert not stopped()
+        signal.raise_signal(number)
+        assert stopped()
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_from_it(balls, plan, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    FAST.save(folder / "train.json")
+    dataset = balls.cases[0].label.parent.parent
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from medseg.train.loop import train_dataset\n"
+        "show = lambda now: print(now.step, flush=True)\n"
+        "train_dataset(sys.argv[1], sys.argv[2], budget='100000steps', folds=3, progress=show)"
+    )
+    command = [sys.executable, "-c", code, str(dataset), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert any(int(line) >= 3 for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    state = new_state(plan, FAST, CPU)
+    state.load(folder / "fold_0.checkpoint", recipe_of(plan, FAST, Budget(steps=100_000), balls.fold(0, 3)[0]))
+    assert state.step >= 3
+    assert (folder / "fold_0.history.csv").is_file()
+
+
+def test_an_interrupt_while_progress_is_shown_counts_as_one_between_steps(plan, tmp_path):
+    state = new_state(plan, FAST, CPU)
+
+    def stop(_: TrainProgress) -> None:
+        raise KeyboardInterrupt
+
+    def losses():
+        while not state.asked:
+            state.step += 1
+            yield 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(state, losses(), Budget(steps=10), FoldFiles(tmp_path, 0, "", Watch(tmp_path, 0)), stop)
+    assert (state.step, state.asked) == (1, INTERRUPT)
+    assert (tmp_path / "fold_0.checkpoint").is_file()
