@@ -96,7 +96,7 @@ def test_looking_changes_no_weight(balls, plan, tmp_path, monkeypatch):
 def test_work_that_takes_time_takes_a_share_of_it(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    pace, spent = Paced(0.01), 0.0
+    pace, spent = Paced(0.01, _ended=0.0), 0.0
     for _ in range(10_000):
         now[0] += 1.0
         if pace.is_due:

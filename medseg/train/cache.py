@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +76,7 @@ def prepare_cases(
 def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepared:
     try:
         files = _files(case, plan, folder, hashes)
-        if not all(_is_whole(file) for file in files.values()):
-            for part, array in _arrays(case, plan).items():
-                with written_whole(files[part]) as beside, beside.open("wb") as stream:
-                    np.save(stream, array, allow_pickle=False)
-        image, target, places = (np.load(files[part], mmap_mode="r") for part in PARTS)
+        image, target, places = _mapped(files) or _written(files, _arrays(case, plan))
     except OutputError:
         raise  # a full disk is no fault of the case
     except MedsegError as error:
@@ -93,7 +90,7 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
             reason="case",
         ) from error
     numbers, first = np.unique(places[:, 0], return_index=True)
-    parts = np.split(places[:, 1:], first[1:])
+    parts = np.split(places[:, 1:], first[1:]) if len(first) else []  # nothing was labelled
     known = [label.value not in case.undrawn for label in plan.regions or plan.labels]
     return Prepared(
         case.name,
@@ -104,16 +101,22 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
     )
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a file holds the array that it says; one that was cut short is made again."""
+def _mapped(files: dict[str, Path]) -> list[NDArray[Any]] | None:
+    """Return the arrays in files as memory maps; None where one is not there, or was cut short."""
     try:
-        np.load(file, mmap_mode="r")
+        return [np.load(files[part], mmap_mode="r") for part in PARTS]
     except (OSError, ValueError, EOFError):
-        return False
-    return True
+        return None
 
 
-def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[np.generic]]:
+def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    for part, array in arrays.items():
+        with written_whole(files[part]) as beside, beside.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+    return [np.load(files[part], mmap_mode="r") for part in PARTS]
+
+
+def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
     image, labels = read_case(case)
     if plan.crop_nonzero:
         box = nonzero_box(image)
