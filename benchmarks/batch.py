@@ -144,7 +144,7 @@ def _make_studies(work: Path) -> Path:
     return work / "studies"
 
 
-def _batch(studies: Path, out: Path, workers: int, threads: int) -> dict[str, Any]:
+def _batch(studies: Path, out: Path, workers: int, threads: int, scheduler: str | None = None) -> dict[str, Any]:
     """Return the time of a whole batch, and that of a study once the network is loaded: between the ends of studies."""
     ends: list[float] = []
 
@@ -152,7 +152,8 @@ def _batch(studies: Path, out: Path, workers: int, threads: int) -> dict[str, An
         ends.extend([time.perf_counter()] * (now.ended.total() - len(ends)))
 
     began = time.perf_counter()
-    outcomes = run_batch("hippocampus", studies, out, Options(workers=workers, threads=threads), progress=note)
+    options = Options(workers=workers, threads=threads)
+    outcomes = run_batch("hippocampus", studies, out, options, scheduler=scheduler, progress=note)
     return {
         "statuses": sorted({outcome.status for outcome in outcomes}),
         "whole_s": round(time.perf_counter() - began, 2),
@@ -177,9 +178,10 @@ def overhead(work: Path) -> dict[str, Any]:
 
 
 def workers(work: Path) -> dict[str, Any]:
-    """Compare two workers of one thread with one of one, and with one of two."""
+    """Compare two workers of one thread with one of one, with one of two, and with two of a local Dask cluster."""
     studies = _make_studies(work)
-    return {f"{n}_workers_{t}_threads": _batch(studies, work / f"{n}_{t}", n, t) for n, t in ((1, 1), (1, 2), (2, 1))}
+    own = {f"{n}_workers_{t}_threads": _batch(studies, work / f"{n}_{t}", n, t) for n, t in ((1, 1), (1, 2), (2, 1))}
+    return own | {"dask_2_workers_1_threads": _batch(studies, work / "dask", 2, 1, "local")}
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {

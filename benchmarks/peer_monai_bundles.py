@@ -1,6 +1,6 @@
 """MONAI bundles of several network kinds, written and trained by MONAI itself on real images.
 
-Needs MONAI and pytorch-ignite. `make KIND REALDATA FOLDER STEPS` writes FOLDER/bundle, and scans that it was not
+Needs MONAI, pytorch-ignite and fire. `make KIND REALDATA FOLDER STEPS` writes FOLDER/bundle, and scans that it was not
 trained on as FOLDER/images and FOLDER/labels. `python -m monai.bundle run` runs such a bundle.
 """
 

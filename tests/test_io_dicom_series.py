@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from pydicom.misc import is_dicom
 from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from medseg.errors import MedsegError, SeriesRefused, UnreadableFile, UsageError
+from medseg.io.dicom_header import silence
 from medseg.io.dicom_pixels import read_pixels
 from medseg.io.dicom_series import find_series, frame_of_reference, read
 
@@ -375,8 +375,7 @@ class TestDamage:
     def test_odd_values_neither_warn_nor_leak(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silence():
             write_series(tmp_path, EchoTime="1" * 20, SeriesInstanceUID=f"1.{PATIENT}", StudyDate="yesterday")
         caplog.clear()
         assert read(tmp_path).grid.shape == (6, 4, 5)

@@ -214,8 +214,8 @@ def test_everything_that_is_wrong_is_in_one_list(tmp_path):
     assert first == "The dataset has 8 problem(s):"
     expected = [
         "case_0: image is missing", "case_1: label: The file could not be read",
-        "case_2: A label map is one channel of whole numbers", "case_3: label values [5] are not in dataset.json",
-        "case_3: the image has voxels that are NaN or infinite", "case_6: Image and labels lie on different grids",
+        "case_2: A label map is one channel of whole numbers", "case_3: the image has voxels that are NaN or infinite",
+        "case_3: label values [5] are not in dataset.json", "case_6: Image and labels lie on different grids",
         "case_5: the image is the same as that of case_4", "case_8: the labels are the same as those of case_7",
     ]  # fmt: skip
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected

@@ -147,8 +147,8 @@ def test_schedules_begin_peak_and_end_where_they_should():
     for step in range(101):
         set_rates(optimizer, cycle, step / 100)
         ours, theirs = optimizer.param_groups[0], other.param_groups[0]
-        # Torch counts its rise in steps, to 0.3 x 101 - 1.
-        assert ours["lr"] == pytest.approx(theirs["lr"], abs=0.02 * cycle.learning_rate)
+        # Torch counts its rise in steps, to 0.3 x 101 - 1: most of a step apart, and one is up to 5 % of the rate.
+        assert ours["lr"] == pytest.approx(theirs["lr"], abs=0.05 * cycle.learning_rate)
         assert ours["betas"][0] == pytest.approx(theirs["betas"][0], abs=0.003)
         other.step()
         if step < 100:

@@ -56,6 +56,7 @@ def test_a_fingerprint_leaves_out_what_is_ignored(half_seen):
 def test_regions_are_trained_stored_and_segmented_like_imported_ones(shells, tmp_path):
     (tmp_path / "model").mkdir()
     small_plan(shells).save(tmp_path / "model/plan.json")
+    TrainSettings(optimizer="adamw", learning_rate=3e-3, folds=3).save(tmp_path / "model/train.json")
     root = shells.cases[0].label.parents[1]
     scores = train_dataset(root, tmp_path / "model", budget="60steps", folds=3)
     plan = Plan.load(tmp_path / "model/plan.json")

@@ -39,6 +39,9 @@ CONNECT_S = 30
 POLL_S = 0.5
 """How often the scheduler is asked which workers there are."""
 
+PATIENCE_S = 120.0
+"""After so long without any worker it is said that there is none, again and again."""
+
 MEMORY = {"target": False, "spill": False, "pause": False, "terminate": 0.95}
 """What a local cluster does about memory: nothing can be spilled; a worker that takes more than its share is ended."""
 
@@ -61,6 +64,7 @@ class Cluster:
         self._absent: set[str] = set()
         self._retired: set[str] = set()
         self._asked = 0.0
+        self._alone_since = time.monotonic()
         with ExitStack() as exits:
             if scheduler == "local":
                 scheduler = exits.enter_context(_local_cluster(workers, start.threads))
@@ -82,7 +86,15 @@ class Cluster:
         self._absent = self._hands.keys() - there
         new = sorted(there - self._hands.keys() - self._unfit)[: max(0, wanted - len(hands))]
         self._hands |= {address: Remote(address, self) for address in new}
+        self._tell_when_alone()
         return [self._hands[address] for address in new]
+
+    def _tell_when_alone(self) -> None:
+        if self._hands:
+            self._alone_since = time.monotonic()
+        elif time.monotonic() - self._alone_since > PATIENCE_S:
+            self._alone_since = time.monotonic()
+            warnings.warn("The cluster has no worker that can run the pipeline; waiting for one.", stacklevel=2)
 
     def leave_out(self, hand: Remote) -> None:
         """Hire a worker no more."""

@@ -90,7 +90,7 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
             reason="case",
         ) from error
     numbers, first = np.unique(places[:, 0], return_index=True)
-    parts = np.split(places[:, 1:], first[1:])
+    parts = np.split(places[:, 1:], first[1:]) if len(first) else []  # nothing was labelled
     known = [label.value not in case.undrawn for label in plan.regions or plan.labels]
     return Prepared(
         case.name,

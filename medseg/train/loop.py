@@ -51,6 +51,7 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     """
     where = Path(folder)
     settings_file = where / "train.json"
+    Budget.parse(budget)  # a word that means nothing is found before hours of looking and preparing
     with joined() as ranks:
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
