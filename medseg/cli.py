@@ -60,7 +60,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
         f"warning: {message}", markup=False, style="yellow"
     )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Not by raising SIGINT, which a script's background processes ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except MedsegError as error:

@@ -110,7 +110,6 @@ worker.read_job = read_job
 """
 
 
-@pytest.mark.slow  # counts processes that come and go, which depends on how busy the machine is
 def test_a_study_that_kills_its_worker_twice_is_marked_and_the_rest_is_as_without_dask(tmp_path, pipeline, dask):
     studies, out, deaths = tmp_path / "studies", tmp_path / "out", tmp_path / "deaths"
     for number in range(4):
@@ -183,7 +182,6 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline,
     assert not [pid for pid in running if dask.address in command_of(pid)]
 
 
-@pytest.mark.slow  # counts processes that come and go, which depends on how busy the machine is
 def test_a_cluster_of_this_machine(tmp_path, pipeline):
     write_study(tmp_path / "studies", 0)
     command = batch_command(pipeline, tmp_path / "studies", tmp_path / "out", "--scheduler", "local", "--json")

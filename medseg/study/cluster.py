@@ -108,6 +108,8 @@ class Cluster:
         """Let workers unload the network, and part from the cluster."""
         with suppress(Exception):  # what cannot be reached needs no good-bye
             if self.client.status == "running":
+                for told in (topic(self.start), "all"):  # or the scheduler would tell of our leaving to nobody
+                    self.client.unsubscribe_topic(told)
                 self.client.run(forget, self.start.token, on_error="ignore")
         with suppress(Exception):
             self._exits.close()
