@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
 from medseg.volume import Grid, Volume
+
+if TYPE_CHECKING:
+    from medseg.train.dataset import Dataset
 
 pytest_plugins = ("leaks",)
 
@@ -77,3 +81,13 @@ def grid(request: pytest.FixtureRequest) -> Grid:
 def volume(grid: Grid) -> Volume:
     voxels = np.random.default_rng(7).integers(-1000, 1000, size=(1, *grid.shape)).astype(np.int16)
     return Volume(voxels, grid)
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset that a network learns in a moment; torch is loaded for the tests that ask for it alone."""
+    from datasets import make_balls
+
+    from medseg.train.dataset import read_dataset
+
+    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))

@@ -138,9 +138,8 @@ def test_a_batch_that_is_told_to_stop_rolls_back_what_is_under_way(tmp_path, pip
     for number in range(4):
         write_study(studies, number)
     process = subprocess.Popen(
-        batch_command(pipeline, studies, out),
+        ["env", f"--{'ignore' if in_background else 'default'}-signal=INT", *batch_command(pipeline, studies, out)],
         env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

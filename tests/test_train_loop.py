@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import make_balls
+from datasets import make_balls, small_plan
 
 from medseg.errors import DatasetError, ModelError, OutputError, UsageError
 from medseg.io import load, save
@@ -28,10 +28,8 @@ from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import read_dataset
 from medseg.train.dataset_json import Meaning
-from medseg.train.fingerprint import fingerprint
 from medseg.train.loop import plan_from, train_dataset, train_model
 from medseg.train.optimize import new_state, optimize
-from medseg.train.planner import make_plan
 from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
 from medseg.train.schedules import schedule
@@ -41,15 +39,8 @@ FAST = TrainSettings(folds=3)
 
 
 @pytest.fixture(scope="module")
-def balls(tmp_path_factory):
-    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
-
-
-@pytest.fixture(scope="module")
 def plan(balls):
-    plan = make_plan(fingerprint(balls))
-    network = plan.network.model_copy(update={"features": tuple(6 for _ in plan.network.features)})
-    return plan.model_copy(update={"network": network})
+    return small_plan(balls)
 
 
 def weights(folder):

@@ -7,14 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import make_balls, small_plan
+from datasets import small_plan
 
 from medseg.model.networks import build_network
 from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
 from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
-from medseg.train.dataset import read_dataset
 from medseg.train.loop import train_model
 from medseg.train.optimize import new_state, optimize
 from medseg.train.options import add_dropout, precision_of, recompute, scaler_of
@@ -25,11 +24,6 @@ from medseg.train.settings import Budget, TrainSettings
 
 CPU = torch.device("cpu")
 BASE = {"folds": 3, "optimizer": "sgd", "learning_rate": 0.01, "momentum": 0.9, "schedule": "poly"}
-
-
-@pytest.fixture(scope="module")
-def balls(tmp_path_factory):
-    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
 
 
 @pytest.fixture(scope="module")

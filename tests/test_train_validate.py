@@ -30,11 +30,6 @@ FAST = TrainSettings(folds=3)
 
 
 @pytest.fixture(scope="module")
-def balls(tmp_path_factory):
-    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
-
-
-@pytest.fixture(scope="module")
 def plan(balls):
     return small_plan(balls)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import make_balls, make_shells, small_plan
+from datasets import make_shells, small_plan
 
 from medseg.errors import UsageError
 from medseg.model.weights import state_of
@@ -29,11 +29,6 @@ from medseg.train.watch import Paced, Probe, Watch, draw_history, stalled
 
 CPU = torch.device("cpu")
 FAST = TrainSettings(folds=3)
-
-
-@pytest.fixture(scope="module")
-def balls(tmp_path_factory):
-    return read_dataset(make_balls(tmp_path_factory.mktemp("data") / "balls", shape=(16, 18, 14)))
 
 
 @pytest.fixture(scope="module")

@@ -149,10 +149,10 @@ def _places(target: NDArray[np.integer], *, ignored: bool) -> NDArray[np.int32]:
     """Return rows (class, i, j, k) of voxels, ascending by class; with `ignored` class 0 is any that counts."""
     marked = np.flatnonzero(target >= 0 if ignored else target > 0)
     numbers = target.ravel()[marked]
-    chosen = [marked] if ignored else []
-    chosen += [marked[numbers == number] for number in np.unique(numbers[numbers > 0])]
+    chosen = {0: marked} if ignored else {}
+    chosen |= {number: marked[numbers == number] for number in np.unique(numbers[numbers > 0]).tolist()}
     rows = [np.empty((0, 4), np.int32)]
-    for number, voxels in zip([0] * ignored + np.unique(numbers[numbers > 0]).tolist(), chosen, strict=True):
+    for number, voxels in chosen.items():
         keep = voxels[np.linspace(0, len(voxels) - 1, min(len(voxels), PLACES_PER_CLASS)).astype(int)]
         where = np.stack(np.unravel_index(keep, target.shape), axis=1).astype(np.int32)
         rows.append(np.insert(where, 0, number, axis=1))

@@ -29,9 +29,14 @@ class Findings:
     label_hash: str = ""
 
 
+def read_image(case: Case) -> Volume:
+    """Return the image of a case with all its channels."""
+    return load(case.images if len(case.images) > 1 else case.images[0])
+
+
 def read_case(case: Case) -> tuple[Volume, Volume]:
     """Return the (image, labels) of a case, on one grid. Raises DatasetError where their grids differ."""
-    image, labels = load(case.images if len(case.images) > 1 else case.images[0]), load(case.label)
+    image, labels = read_image(case), load(case.label)
     if not image.grid.matches(labels.grid):
         raise DatasetError(
             f"Image and labels lie on different grids: shape {image.grid.shape} against {labels.grid.shape}, spacing "

@@ -39,9 +39,6 @@ class TrainState:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.forward = self.forward or self.network
-
     def save(self, path: Path, recipe: str) -> None:
         """Write the state, whole or not at all. `recipe` is what must be the same for the training to go on."""
         tensors = {f"network.{name}": tensor for name, tensor in state_of(self.network).items()}

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from medseg.errors import MedsegError
+from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, compare_labels
 from medseg.train.check import read_case
 from medseg.train.dataset import Case
 from medseg.train.dataset_json import members_of
+from medseg.volume import Volume
 
 Progress = Callable[[int, int], None]
 
@@ -30,21 +32,25 @@ def evaluate(
     scored = []
     for done, case in enumerate(listed, start=1):
         image, reference = read_case(case)
-        drawn = [label for label in model.plan.labels if label.value not in case.undrawn]
         failure = None
         try:
             found = model.segment(image)
         except MedsegError as error:
             found, failure = reference.with_array(np.zeros(reference.array.shape, np.uint8)), error.reason
-        scores = compare_labels(
-            found,
-            reference,
-            drawn,
-            tolerance_mm=tolerance_mm,
-            members=members_of(model.plan.labels, model.plan.regions),
-            ignore=case.ignore,
-        )
-        scored.append(CaseScores(case.name, tuple(scores), failure, case.group))
+        scored.append(compare_case(found, reference, case, model.plan, tolerance_mm, failure))
         if progress:
             progress(done, len(listed))
     return Scores(tuple(scored))
+
+
+def compare_case(
+    found: Volume, reference: Volume, case: Case, plan: Plan, tolerance_mm: float | None, failure: str | None = None
+) -> CaseScores:
+    """Return the scores of a label map of a case for each label of a plan that was drawn in it.
+
+    Without a tolerance surfaces are not compared; `failure` is why there was nothing to find.
+    """
+    drawn = [label for label in plan.labels if label.value not in case.undrawn]
+    members = members_of(plan.labels, plan.regions)
+    scores = compare_labels(found, reference, drawn, tolerance_mm=tolerance_mm, members=members, ignore=case.ignore)
+    return CaseScores(case.name, tuple(scores), failure, case.group)

@@ -75,8 +75,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     a, b, c = QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
-    result = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)
+    result: Tensor = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = result @ result.mT
         result = a * result + (b * square + c * square @ square) @ result
-    return torch.as_tensor(result.mT if tall else result)
+    return result.mT if tall else result

@@ -19,9 +19,10 @@ from medseg.io import load
 from medseg.labels import label_map
 from medseg.model.plan import Plan
 from medseg.process.cleanup import keep_largest_piece
-from medseg.report.metrics import CaseScores, LabelScore, Scores, compare_labels
+from medseg.report.metrics import CaseScores, LabelScore, Scores
 from medseg.train.dataset import Case
 from medseg.train.dataset_json import members_of
+from medseg.train.evaluate import compare_case
 from medseg.volume import Volume
 
 Groups = tuple[tuple[int, ...], ...]
@@ -37,12 +38,11 @@ class _Tried:
 
     def add(self, case: Case, found: Volume, reference: Volume, plan: Plan) -> None:
         members = members_of(plan.labels, plan.regions)
-        drawn = [label for label in plan.labels if label.value not in case.undrawn]
-        scores = compare_labels(found, reference, drawn, tolerance_mm=None, members=members, ignore=case.ignore)
+        plain = compare_case(found, reference, case, plan, None)
         truth = label_map(reference)
-        alone = [_without_pieces(one, found.array[0], truth, members[one.value], case.ignore) for one in scores]
-        self.plain.append(CaseScores(case.name, tuple(scores)))
-        self.alone.append(CaseScores(case.name, tuple(alone)))
+        alone = [_without_pieces(one, found.array[0], truth, members[one.value], case.ignore) for one in plain.labels]
+        self.plain.append(plain)
+        self.alone.append(replace(plain, labels=tuple(alone)))
 
 
 def choose_largest(cases: Sequence[tuple[Case, Path]], plan: Plan, read: Reader) -> tuple[Groups, list[dict[str, Any]]]:

@@ -49,7 +49,7 @@ class Budget(BaseModel):
 
 
 class TrainSettings(Stored):
-    """The recipe. Defaults are what the shipped models were trained with.
+    """The recipe. Defaults are what learned soonest in experiments (docs/training.md).
 
     `learning_rate` is the highest of Muon, after a linear rise over `warmup` of the budget; it falls by a cosine to 0.
     `schedule` may also be "one_cycle" (with momentum running against it) or "poly" (falling from the start), and

@@ -21,11 +21,12 @@ from medseg.io.files import written_whole
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.process.cleanup import keep_largest_piece
-from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, compare_labels, write_scores_csv
+from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, write_scores_csv
 from medseg.report.pictures import draw_overlay
 from medseg.train.card import write_card
+from medseg.train.check import read_image
 from medseg.train.dataset import Case, Dataset
-from medseg.train.dataset_json import members_of
+from medseg.train.evaluate import compare_case
 from medseg.train.postprocess import choose_largest
 from medseg.train.run import Progress, TrainProgress
 from medseg.train.settings import TrainSettings
@@ -127,7 +128,7 @@ def _segment(model: Model, case: Case, target: Path, *, newer_than: Path) -> str
     if is_newer(target, newer_than):
         return None
     try:
-        labels = model.segment(load(case.images if len(case.images) > 1 else case.images[0]))
+        labels = model.segment(read_image(case))
     except MedsegError as error:
         target.unlink(missing_ok=True)
         return error.reason
@@ -146,10 +147,7 @@ def _score(case: Case, file: Path, plan: Plan, failure: str | None) -> CaseScore
     found, missing = load_prediction(file, reference)
     for group in plan.keep_largest:
         keep_largest_piece(found.array[0], group)
-    drawn = [label for label in plan.labels if label.value not in case.undrawn]
-    members = members_of(plan.labels, plan.regions)
-    scores = compare_labels(found, reference, drawn, tolerance_mm=TOLERANCE_MM, members=members, ignore=case.ignore)
-    return CaseScores(case.name, tuple(scores), failure or missing, case.group)
+    return compare_case(found, reference, case, plan, TOLERANCE_MM, failure or missing)
 
 
 def _write(scores: Scores, where: Path, stem: str, more: dict[str, Any]) -> None:
