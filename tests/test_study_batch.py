@@ -161,6 +161,20 @@ def test_a_study_that_kills_its_worker_twice_is_marked_and_the_rest_completes(tm
     assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
 
 
+def test_the_claim_of_a_killed_batch_goes_though_its_study_is_done(tmp_path, pipeline):
+    """A worker of a cluster outlives whoever started the batch, and finishes its study."""
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    write_study(studies, 0)
+    assert [one.status for one in run_batch(pipeline, studies, out, TORCH)] == ["done"]
+    code = "import os, sys, pathlib; from medseg.study.claims import Claims\n"
+    code += "Claims(pathlib.Path(sys.argv[1])).claim(sys.argv[2]); os._exit(1)"
+    (study,) = complete(out)
+    subprocess.run([sys.executable, "-c", code, str(out / ".claims"), study], check=False)
+    assert [*(out / ".claims").iterdir()]
+    assert [one.kept for one in run_batch(pipeline, studies, out, TORCH)] == [True]
+    assert not [*(out / ".claims").iterdir()]
+
+
 @pytest.mark.parametrize(("count", "kills"), [(3, 2), pytest.param(30, 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", ["client", "worker"])
 def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline, count, kills, victim):

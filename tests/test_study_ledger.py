@@ -141,6 +141,33 @@ class TestClaims:
             time.sleep(0.02)
         mine.close()
 
+    @pytest.mark.parametrize("what", [KeyboardInterrupt, OSError(28, "No space left on device")])
+    def test_a_claim_that_cannot_be_written_is_not_there(self, tmp_path, monkeypatch, what):
+        def refused(handle, text):
+            raise what
+
+        monkeypatch.setattr(claims_module.os, "write", refused)
+        with pytest.raises(KeyboardInterrupt if what is KeyboardInterrupt else OutputError):
+            Claims(tmp_path).claim("a")
+        monkeypatch.undo()
+        assert not [*tmp_path.iterdir()]
+
+    def test_an_interrupted_claim_is_given_back(self, tmp_path, monkeypatch):
+        mine, other = Claims(tmp_path), Claims(tmp_path)
+        assert other.claim("b")
+        create = Claims._create
+
+        def interrupted(self, path):
+            create(self, path)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Claims, "_create", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.claim("a")
+        assert (tmp_path / "a.json").exists()
+        mine.close()
+        assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
     def test_a_claim_that_was_taken_over_is_not_given_back(self, tmp_path):
         mine = Claims(tmp_path)
         assert mine.claim("a")

@@ -350,8 +350,9 @@ class _Batch:
         self.show(Progress(len(self.entries), self.ended.copy(), self.kept, ready, running))
 
     def _sweep(self) -> None:
-        """Remove what interrupted runs left of studies that nobody works on."""
-        for study in {folder.name.split(".")[0] for folder in (self.ledger.out / ".work").iterdir()}:
-            if self.claims.claim(study):
+        """Remove what interrupted runs left of studies that nobody works on: outputs, and claims of what is done."""
+        left = [left for part in (".work", ".claims") for left in (self.ledger.out / part).iterdir()]
+        for study in {path.name.split(".")[0] for path in left}:
+            if study and self.claims.claim(study):  # names of other files there begin with a dot
                 self.ledger.sweep(study)
                 self.claims.release(study)

@@ -57,23 +57,29 @@ class Claims:
                 path.unlink()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give back all that is this process's on the disk: an interrupt may have come before `held` knew of it."""
         self._ended.set()
-        for study in [*self.held]:
-            self.release(study)
+        for path in self.folder.glob("*.json"):
+            self.release(path.stem)
 
     def _path(self, study: str) -> Path:
         return self.folder / f"{study}.json"
 
     def _create(self, path: Path) -> bool:
+        text = self._text().encode()
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                os.write(handle, text)
+            except BaseException:  # a full disk, an interrupt: a claim that says nothing would be nobody's
+                path.unlink()
+                raise
+            finally:
+                os.close(handle)
         except FileExistsError:
             return False
         except OSError as error:
             raise OutputError(f"A study cannot be claimed: {error.strerror}.", path=self.folder) from error
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self._text())
         return True
 
     def _take_over(self, path: Path) -> bool:

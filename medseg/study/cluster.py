@@ -263,7 +263,7 @@ def _local_cluster(workers: int, threads: int | None) -> Any:
             n_workers=workers,
             threads_per_worker=threads or max(1, CPU_COUNT // workers),
             memory_limit=MEMORY_LIMIT // workers,
-            dashboard_address=None,
+            dashboard_address=":0",  # any port that is free
             silence_logs="CRITICAL",
         )
 
