@@ -221,7 +221,12 @@ def check(
     check_pipeline(chosen)
     explained = [] if study is None else explain(chosen, study)
     if as_json:
-        print_json({"pipeline": chosen.model_dump(mode="json", exclude={"model"}), "studies": explained})
+        print_json(
+            {
+                "pipeline": chosen.model_dump(mode="json", exclude={"model": True, "localizer": {"model"}}),
+                "studies": explained,
+            }
+        )
     else:
         out.print(f"{chosen.name}: the pipeline can run", markup=False, highlight=False)
         for one in explained:

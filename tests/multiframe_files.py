@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import EnhancedCTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def _item(**elements: object) -> list[Dataset]:
@@ -17,8 +17,8 @@ def _item(**elements: object) -> list[Dataset]:
     return [item]
 
 
-def write_enhanced(single: Path, folder: Path) -> None:
-    """Write the slices of `single` as frames of one file, in an order that says nothing."""
+def write_enhanced(single: Path, folder: Path, *, modality: str = "MR", syntax: str = ExplicitVRLittleEndian) -> None:
+    """Write the slices of `single` as frames of one file, in an order and with a thickness that say nothing."""
     slices = [pydicom.dcmread(path) for path in sorted(single.iterdir())]
     random.Random(3).shuffle(slices)
     first = slices[0]
@@ -27,11 +27,11 @@ def write_enhanced(single: Path, folder: Path) -> None:
         setattr(data, name, first[name].value)
     for name in ("PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
         setattr(data, name, first[name].value)
-    data.Modality = "MR"
-    data.SOPClassUID, data.SOPInstanceUID = EnhancedMRImageStorage, generate_uid()
+    data.Modality, data.SOPInstanceUID = modality, generate_uid()
+    data.SOPClassUID = EnhancedMRImageStorage if modality == "MR" else EnhancedCTImageStorage
     data.ImageType = ["ORIGINAL", "PRIMARY", "T1", "NONE"]
     data.NumberOfFrames = len(slices)
-    measures = _item(PixelSpacing=first.PixelSpacing, SliceThickness=2.5)
+    measures = _item(PixelSpacing=first.PixelSpacing, SliceThickness=9)
     data.SharedFunctionalGroupsSequence = _item(PixelMeasuresSequence=measures)
     frames = []
     for part in slices:
@@ -49,7 +49,7 @@ def write_enhanced(single: Path, folder: Path) -> None:
     data.PerFrameFunctionalGroupsSequence = frames
     data.PixelData = b"".join(part.PixelData for part in slices)
     data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.TransferSyntaxUID = syntax
     data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
     data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
     folder.mkdir()

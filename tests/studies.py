@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -48,19 +52,70 @@ def write_pipeline(folder: Path, **changes: object) -> Path:
     return path
 
 
-def complete(out: Path) -> dict[str, str]:
-    """Return the status of each study in an output folder, after checking that nothing is partial or left over."""
+def complete(out: Path, *, hashed: bool = False) -> dict[str, str]:
+    """Return the status of each study in an output folder, after checking that nothing is partial or left over.
+
+    Sizes of outputs are those of the manifest, and their hashes, too, if that is asked for.
+    """
     statuses = {}
-    for folder in out.iterdir():
-        if folder.name in {"private", ".claims", ".work"} or folder.is_file():
+    for folder in out.iterdir() if out.exists() else ():
+        if folder.name.startswith(".") or folder.name == "private" or folder.is_file():
             continue
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        there = {file.name for file in folder.iterdir()}
-        assert there == {"manifest.json", *(one["file"] for one in manifest["outputs"])}
+        there = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json"}
+        assert there == {one["file"]: one["bytes"] for one in manifest["outputs"]}
         if manifest["status"] == "done":
-            assert there == {"manifest.json", "labels.nii.gz", "measurements.json", "measurements.csv"}
+            assert there.keys() == {"labels.nii.gz", "measurements.json", "measurements.csv"}
+        for one in manifest["outputs"] if hashed else ():
+            assert hashlib.sha256((folder / one["file"]).read_bytes()).hexdigest() == one["sha256"]
         statuses[manifest["study"]] = manifest["status"]
     return statuses
+
+
+class Watch:
+    """Somebody who looks into the output folder of a batch all the time: studies are whole, and made once."""
+
+    def __init__(self, out: Path, count: int, chance: random.Random):
+        self.out, self.count, self.chance = out, count, chance
+        self.hits = 0
+        self._made: dict[str, bytes] = {}
+
+    def look(self) -> int:
+        """Return how many studies are done."""
+        done = [study for study, status in complete(self.out).items() if status == "done"]
+        for study in done:
+            manifest = (self.out / study / "manifest.json").read_bytes()
+            assert self._made.setdefault(study, manifest) == manifest, "what was done has been done again"
+        return len(done)
+
+    def forget(self) -> None:
+        """Begin anew, with an empty folder."""
+        self._made.clear()
+
+    def wait_for_a_moment(self, process: subprocess.Popen) -> bool:
+        """Wait until a batch starts, or has done some studies and works on another; return whether it still runs."""
+        goal = self.chance.choice([None, *range(self.look(), self.count)])
+        until = time.monotonic() + (self.chance.uniform(0, 4) if goal is None else 600)
+        while process.poll() is None and time.monotonic() < until:
+            if self.look() >= (self.count if goal is None else goal) and any((self.out / ".work").glob("*")):
+                break
+            time.sleep(0.03)
+        time.sleep(self.chance.uniform(0, 0.2))
+        runs = process.poll() is None
+        self.hits += runs
+        return runs
+
+
+def processes_with(variable: str) -> list[int]:
+    """Return the processes that were started, by whomever, with an environment variable that is set so: NAME=VALUE."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it has ended
+    return found
 
 
 def batch_command(pipeline: Path, studies: Path, out: Path, *options: str) -> list[str]:

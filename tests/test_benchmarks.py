@@ -98,3 +98,11 @@ def test_memory_of_all_processes_is_measured_and_limited(tmp_path: Path) -> None
         == "failed"
     )
     assert log.read_text(encoding="utf-8") == "no\n"
+
+
+def test_a_scan_of_few_files_and_the_time_of_a_study(tmp_path: Path) -> None:
+    import batch
+
+    assert batch.scan(tmp_path, 200)["files"] == 200
+    assert batch.each_s([10.0, 13.0, 16.0, 19.0]) == 3
+    assert batch.each_s([10.0, 10.1, 13.0, 13.1, 16.0, 16.1], workers=2) == 1.5

@@ -102,6 +102,8 @@ def test_what_makes_no_sense(source: Path, labels: Path) -> None:
         convert(labels, source.parent / "seg.dcm")
     with pytest.raises(UsageError, match="is one of seg, labelmap, rtstruct"):
         convert(labels, source.parent / "seg.dcm", source=source, kind="dose")
+    with pytest.raises(UsageError, match=r"medseg report writes SR"):  # as test_report_write.py shows
+        convert(labels, source.parent / "sr.dcm", source=source, kind="sr")
     with pytest.raises(UsageError, match="other files take no kind"):
         convert(labels, source.parent / "seg.nii.gz", source=source, kind="seg")
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import errors_of_dciodvfy
+from pydicom.data import get_testdata_file
 from scipy.ndimage import gaussian_filter
 from test_io_dicom_seg import assert_dcmqi_agrees
 from test_io_rtstruct import assert_plastimatch_agrees
 
 import medseg
-from medseg.errors import OutputError
+from medseg.errors import GeometryError, OutputError
 from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg
 from medseg.io.rtstruct import load_rtstruct, save_rtstruct
 from medseg.labels import Label
@@ -117,6 +120,57 @@ def test_seg_objects_of_others(realdata: Path, seg: str, source: str, references
         numbers = np.searchsorted([one.value for one in table], theirs.array[0][tuple(inside.T)])
         expected[(numbers, *index.T)] = True
     np.testing.assert_array_equal(np.array(masks, bool), expected)
+
+
+HIGHDICOM = "dicom/seg/highdicom/test_files"
+
+
+@pytest.fixture
+def three_slices(tmp_path: Path) -> Path:
+    """Return the series that most SEG objects of highdicom's tests refer to, but for one slice 200 mm away."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("17136", "17166", "17196"):
+        shutil.copy(get_testdata_file(f"dicomdirtests/77654033/CT2/{name}"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("seg", "threshold", "voxels"),
+    [
+        ("seg_image_ct_binary.dcm", 0.5, None),
+        ("seg_image_ct_binary_fractional.dcm", 0.5, None),
+        ("seg_image_ct_true_fractional.dcm", 0.2, None),
+        ("seg_image_ct_true_fractional.dcm", 0.5, None),
+        ("seg_image_ct_true_fractional.dcm", 0.51, 0),
+    ],
+)
+def test_fractions_of_others(
+    realdata: Path, three_slices: Path, seg: str, threshold: float, voxels: int | None
+) -> None:
+    path = realdata / HIGHDICOM / seg
+    labels, (label,) = load_dicom_seg(path, source=three_slices, threshold=threshold)
+    data = pydicom.dcmread(path)
+    stored = data.pixel_array / float(data.get("MaximumFractionalValue", 1))
+    (row_mm, column_mm), count = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing, 0
+    for frame, group in zip(stored, data.PerFrameFunctionalGroupsSequence, strict=True):
+        x, y, z = map(float, group.PlanePositionSequence[0].ImagePositionPatient)
+        for row, column in np.argwhere(frame >= threshold):
+            place = (-x - column * float(column_mm), -y - row * float(row_mm), z)
+            index = np.round(labels.grid.to_index(place)).astype(int)
+            np.testing.assert_allclose(labels.grid.to_world(index), place, atol=1e-4)
+            assert labels.array[0][tuple(index)] == label.value
+            count += 1
+    assert np.count_nonzero(labels.array) == count
+    assert count == voxels if voxels is not None else count > 0
+
+
+def test_frames_of_others_that_the_source_lacks_and_one_frame_alone(realdata: Path, three_slices: Path) -> None:
+    with pytest.raises(GeometryError, match="outside the source"):
+        load_dicom_seg(realdata / HIGHDICOM / "seg_image_ct_binary_overlap.dcm", source=three_slices)
+    alone = realdata / HIGHDICOM / "seg_image_ct_binary_single_frame.dcm"
+    labels, _ = load_dicom_seg(alone, source=realdata / HIGHDICOM / "ct_image.dcm")
+    np.testing.assert_array_equal(labels.array[0, :, :, 0], pydicom.dcmread(alone).pixel_array.T)
 
 
 def test_a_source_that_cannot_be_referred_to(realdata: Path, tmp_path: Path) -> None:

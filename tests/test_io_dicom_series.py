@@ -113,6 +113,14 @@ class TestPlace:
             read(tmp_path / "1")
         assert caught.value.reason == "irregular_spacing"
 
+    def test_only_positions_say_where_slices_lie(self, tmp_path: Path) -> None:
+        odd = {"SliceThickness": 9, "SpacingBetweenSlices": -7, "GantryDetectorTilt": 8, "SliceLocation": 0}
+        write_series(tmp_path, InstanceNumber=None, **odd)
+        volume = read(tmp_path)
+        assert_every_pixel_in_place(volume, tmp_path)
+        assert volume.grid.is_orthogonal
+        assert volume.grid.spacing_mm == pytest.approx((1.25, 0.75, 2.5))
+
     def test_single_slice_takes_its_thickness(self, tmp_path: Path) -> None:
         write_series(tmp_path, [0], SliceThickness=4, SpacingBetweenSlices=5)
         assert read(tmp_path).grid.spacing_mm == pytest.approx((1.25, 0.75, 5))

@@ -244,4 +244,7 @@ def test_an_unknown_model_lists_the_shipped_ones(tmp_path):
 def test_an_unknown_device_is_refused():
     with pytest.raises(UsageError, match="no device 'abacus'"):
         pick_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no device 'cuda'"):
+            pick_device("cuda")
     assert pick_device("cpu") == torch.device("cpu")

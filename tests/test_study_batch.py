@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from studies import assert_no_secret, batch_command, complete, environment, write_pipeline, write_study
+from studies import (
+    Watch,
+    assert_no_secret,
+    batch_command,
+    complete,
+    environment,
+    processes_with,
+    write_pipeline,
+    write_study,
+)
 
 import medseg
 from medseg import cli
@@ -22,6 +32,7 @@ from medseg.errors import ModelError, UnreadableFile, UsageError
 from medseg.io import load
 from medseg.study.batch import Options, Progress, run_batch
 from medseg.study.cohort import find_cohort
+from medseg.study.run import ending
 
 TORCH = Options(runtime="torch", threads=1)
 
@@ -117,12 +128,17 @@ def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
     content[-2] ^= 1
     changed.write_bytes(content)
     os.utime(changed, ns=(touched.st_atime_ns, touched.st_mtime_ns))  # only its content tells
+    cut_output = out / [row["study"] for row in json.loads(shown.out) if row["status"] == "done"][-1] / "labels.nii.gz"
+    whole = cut_output.read_bytes()
+    cut_output.write_bytes(whole[:-9])  # as a kill leaves files elsewhere
     outcomes = run_batch(pipeline, studies, out, Options(runtime="torch", threads=1, verify="full"))
+    assert cut_output.read_bytes() == whole
     fresh = [one for one in outcomes if not one.kept]
     assert [(one.path.name, one.status) for one in fresh] == [
         ("DOE_JANE_0", "done"),
         ("DOE_JANE_2", "done"),
         ("DOE_JANE_3", "refused"),  # nothing of it was hashed
+        ("DOE_JANE_5", "done"),
     ]
     assert sorted(complete(out).values()) == ["done"] * 5 + ["refused"]
     assert outcomes[0].volumes_ml.keys() == {"ball"}
@@ -130,6 +146,21 @@ def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
     began = time.monotonic()  # nothing is left to do: no network is loaded
     assert all(one.kept for one in medseg.run_batch(pipeline, studies, out, TORCH))
     assert time.monotonic() - began < 60
+
+
+def test_what_goes_wrong_unexpectedly_quotes_no_file() -> None:
+    def broken() -> None:
+        raise ValueError("/data/SMITH_JOHN_2024.dcm")
+
+    try:
+        broken()
+    except ValueError as error:
+        ended = ending(error)
+    assert (ended["status"], ended["reason"]) == ("failed", "internal")
+    assert re.fullmatch(
+        r"Unexpected ValueError at test_study_batch\.py:\d+ < test_study_batch\.py:\d+\.", ended["text"]
+    )
+    assert ending(MemoryError())["reason"] == "out_of_memory"
 
 
 def height(path: Path) -> float:
@@ -170,7 +201,9 @@ def test_the_claim_of_a_killed_batch_goes_though_its_study_is_done(tmp_path, pip
     code += "Claims(pathlib.Path(sys.argv[1])).claim(sys.argv[2]); os._exit(1)"
     (study,) = complete(out)
     subprocess.run([sys.executable, "-c", code, str(out / ".claims"), study], check=False)
-    assert [*(out / ".claims").iterdir()]
+    for left in (".a", f"{study}.json.a"):  # of batches that were killed in the middle of making or taking a claim
+        (out / ".claims" / left).touch()
+    assert len([*(out / ".claims").iterdir()]) == 3
     assert [one.kept for one in run_batch(pipeline, studies, out, TORCH)] == [True]
     assert not [*(out / ".claims").iterdir()]
 
@@ -178,37 +211,34 @@ def test_the_claim_of_a_killed_batch_goes_though_its_study_is_done(tmp_path, pip
 @pytest.mark.parametrize(("count", "kills"), [(3, 2), pytest.param(30, 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", ["client", "worker"])
 def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline, count, kills, victim):
-    studies, out = tmp_path / "studies", tmp_path / "out"
+    studies, out, mark = tmp_path / "studies", tmp_path / "out", f"BATCH_OF={tmp_path}"
     for number in range(count):
         write_study(studies, number)
-    chance = random.Random(count)
+    command = ["env", mark, *batch_command(pipeline, studies, out)]
+    watch = Watch(out, count, random.Random(count))
     for _ in range(kills):
-        if out.exists() and len(complete(out)) == count:
-            shutil.rmtree(out)  # it was faster than the kills: from the beginning
-        process = subprocess.Popen(
-            batch_command(pipeline, studies, out),
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        until = time.monotonic() + chance.uniform(1, 6 + count / 4)
-        while process.poll() is None and time.monotonic() < until:
-            if out.exists():
-                complete(out)
-            time.sleep(0.02)
-        workers = children(process.pid)
-        with suppress(ProcessLookupError):
-            os.kill(process.pid if victim == "client" or not workers else chance.choice(workers), signal.SIGKILL)
+        if watch.look() == count:
+            shutil.rmtree(out)  # from the beginning
+            watch.forget()
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        runs = watch.wait_for_a_moment(process)
+        workers = children(process.pid) if victim == "worker" and runs else []
+        if runs:
+            with suppress(ProcessLookupError):
+                os.kill(watch.chance.choice(workers or [process.pid]), signal.SIGKILL)
         process.wait(300)
-        for worker in workers:
-            wait_for_end(worker)
-    done = subprocess.run(
-        batch_command(pipeline, studies, out), env=environment(), capture_output=True, text=True, check=False
-    )
+        if workers:
+            assert process.returncode == 0
+            assert watch.look() == count
+        wait_for_the_end_of(mark)
+    assert watch.hits >= kills / 2
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(complete(out).values()) == ["done"] * count
+    assert watch.look() == count
+    assert list(complete(out, hashed=True).values()) == ["done"] * count
     assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
     assert_no_secret(out, done.stdout, done.stderr)
+    wait_for_the_end_of(mark)
 
 
 def children(pid: int) -> list[int]:
@@ -218,12 +248,12 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def wait_for_end(pid: int) -> None:
-    """Wait until a worker whose parent was killed has noticed it."""
+def wait_for_the_end_of(mark: str) -> None:
+    """Wait until workers whose parent was killed have noticed it."""
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    assert not processes_with(mark)
 
 
 def test_wrong_use_is_said_before_anything_is_made(tmp_path, pipeline):

@@ -10,13 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from studies import assert_no_secret, batch_command, complete, environment, write_pipeline, write_study
+from studies import Watch, assert_no_secret, batch_command, complete, environment, write_pipeline, write_study
 
 from medseg.errors import ClusterError, OutputError, UsageError
 from medseg.io import load
@@ -151,30 +150,32 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline,
         write_study(studies, number)
     command = batch_command(pipeline, studies, out, "--scheduler", dask.address)
     dask.start()
-    chance = random.Random(count)
+    watch = Watch(out, count, random.Random(count))
     for victim in victims:
-        if out.exists() and len(complete(out)) == count:
-            shutil.rmtree(out)  # it was faster than the kills: from the beginning
+        if watch.look() == count:
+            shutil.rmtree(out)  # from the beginning
+            watch.forget()
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        until = time.monotonic() + chance.uniform(2, 8 + count / 4)
-        while process.poll() is None and time.monotonic() < until:
-            if out.exists():
-                complete(out)
-            time.sleep(0.02)
-        killed = {"client": [process.pid], "scheduler": [dask.processes[0].pid], "worker": dask.worker_pids}[victim]
-        with suppress(ProcessLookupError, IndexError):
-            os.kill(chance.choice(killed), signal.SIGKILL)
+        if watch.wait_for_a_moment(process):
+            killed = {"client": [process.pid], "scheduler": [dask.processes[0].pid], "worker": dask.worker_pids}[victim]
+            with suppress(ProcessLookupError, IndexError):
+                os.kill(watch.chance.choice(killed), signal.SIGKILL)
         told = process.communicate(timeout=300)[1]
         assert "Traceback" not in told
+        if victim == "worker":
+            assert process.returncode == 0
+            assert watch.look() == count
         if victim == "scheduler":
             assert process.returncode in {0, 1}
             dask.end()
             dask.start()
+    assert watch.hits >= len(victims) / 2
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(complete(out).values()) == ["done"] * count
+    assert watch.look() == count
+    assert list(complete(out, hashed=True).values()) == ["done"] * count
     assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
     assert_no_secret(out, done.stdout, done.stderr, dask.log.read_text())
     dask.end()
@@ -194,14 +195,14 @@ def test_a_cluster_of_this_machine(tmp_path, pipeline):
 def start_of(pipeline: Path, tmp_path: Path) -> Start:
     """Return what a worker is told for a batch, and make its output folder."""
     from medseg.study.pipeline import load_pipeline
-    from medseg.study.worker import model_digest
+    from medseg.study.worker import model_digests
 
     chosen = load_pipeline(pipeline)
     write_study(tmp_path / "studies", 0)
     ledger = Ledger.open(tmp_path / "out")
     return Start(
         pipeline=chosen.model_dump(mode="json"), studies=str(tmp_path / "studies"), out=str(ledger.out),
-        check=ledger.check, token="t", manifest={"model_sha256": model_digest(Path(chosen.model))}, runtime="torch",
+        check=ledger.check, token="t", manifest=model_digests(chosen), runtime="torch",
     )  # fmt: skip
 
 

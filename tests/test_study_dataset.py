@@ -192,6 +192,34 @@ def edited(source: Path, edit: Any) -> None:
     data.save_as(path)
 
 
+@pytest.mark.parametrize("kind", ["rt", "seg"])
+def test_contours_in_a_study_of_their_own_are_found_by_the_series_they_refer_to(tmp_path: Path, kind: str) -> None:
+    source = study(tmp_path / "studies", 1, {"liver": "liver"}, kind)
+    study(tmp_path / "studies", 2, {"liver": "other"}, kind)
+    (tmp_path / "studies" / "planning").mkdir()
+    moved = (source.parent / f"{kind}.dcm").rename(tmp_path / "studies" / "planning" / "x")
+    data = pydicom.dcmread(moved)
+    data.StudyInstanceUID = "1.2.3.99"
+    data.save_as(moved)
+    outcomes = made(tmp_path)
+    ends = {one.case: (one.status, one.reason) for one in outcomes}
+    assert [*ends.values()] == [("taken", None), ("taken", None), ("refused", "other_study")]
+    expected = np.zeros(medseg.load(source).grid.shape)
+    expected[(*BOXES["liver"], slice(1, 4))] = 1
+    np.testing.assert_array_equal(labels_of(tmp_path, outcomes[0]).array[0], expected)
+    assert [one.kept for one in made(tmp_path)] == [True] * 3
+    write_object(source, moved, {"liver": "PTV"}, kind)  # drawn anew, and in the study of its series
+    again = made(tmp_path)
+    assert [(one.kept, one.status) for one in again] == [(False, "taken"), (True, "taken")]
+    assert labels_of(tmp_path, again[0]).array.sum() > expected.sum()
+    (tmp_path / "studies" / "copy").mkdir()
+    data.save_as(moved)
+    copied = pydicom.dcmread(next(source.iterdir()))
+    copied.StudyInstanceUID, copied.SOPInstanceUID = "1.2.3.77", "1.2.3.78"
+    copied.save_as(tmp_path / "studies" / "copy" / "x")  # the series is in two studies: which is meant is not guessed
+    assert [one.reason for one in made(tmp_path)] == ["no_structures", None, "no_structures", "other_study"]
+
+
 def test_a_structure_without_contours_counts_as_not_drawn(tmp_path: Path) -> None:
     source = study(tmp_path / "studies", 1, {"liver": "liver", "kidney r": "kidney"})
     edited(source, lambda data: data.ROIContourSequence.pop(1))

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from dicom_files import ORIENTATIONS, assert_every_pixel_in_place, decimals, normal_of, pixels_in_space, write_series
 from multiframe_files import write_enhanced
+from pydicom.uid import ImplicitVRLittleEndian
 
 from medseg.errors import InputError, SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
@@ -182,6 +183,13 @@ class TestMultiFrame:
         volume = read(tmp_path / "enhanced")
         assert_every_pixel_in_place(volume, tmp_path / "single")
         assert volume.grid.matches(read(tmp_path / "single").grid, 1e-9)
+
+    def test_enhanced_ct_with_implicit_vr(self, tmp_path):
+        write_series(tmp_path / "single", step_mm=(0, 0.35, 2.5))
+        write_enhanced(tmp_path / "single", tmp_path / "enhanced", modality="CT", syntax=ImplicitVRLittleEndian)
+        volume = read(tmp_path / "enhanced")
+        assert_every_pixel_in_place(volume, tmp_path / "single")
+        assert not volume.grid.is_orthogonal  # a gantry tilt of 8 degrees
 
     def test_frames_of_two_echoes_are_two_stacks(self, tmp_path):
         write_series(tmp_path / "single", range(10), each=echoes)

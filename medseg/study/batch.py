@@ -23,7 +23,7 @@ from medseg.study.ledger import Ledger, sha256, state
 from medseg.study.local import Local
 from medseg.study.outcomes import Outcome, write_summary
 from medseg.study.pipeline import Pipeline, load_pipeline
-from medseg.study.worker import Start, Task, model_digest
+from medseg.study.worker import Start, Task, model_digests
 
 MOST_DEATHS = 2
 """After so many processes that died of a study it is marked, and the others go on."""
@@ -96,7 +96,7 @@ def run_batch(
     if options.workers < 1:
         raise UsageError(f"A batch needs at least one worker; here it is {options.workers}.")
     chosen = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
-    model = check_pipeline(chosen)
+    check_pipeline(chosen)
     if options.deidentify:
         check_deidentified(chosen)
     if Path(out).resolve().is_relative_to(Path(studies).resolve()):
@@ -105,7 +105,9 @@ def run_batch(
     if not entries and options.shard is None:
         raise UnreadableFile("There is no DICOM file here.", path=studies, reason="no_dicom")
     ledger = Ledger.open(out, deidentify=options.deidentify)
-    batch = _Batch(chosen, model_digest(model), ledger, options, Path(studies), progress or (lambda _: None), scheduler)
+    batch = _Batch(
+        chosen, model_digests(chosen), ledger, options, Path(studies), progress or (lambda _: None), scheduler
+    )
     ledger.remember((ledger.name(one.identity), one.uid, str(one.files[0].parent)) for one in entries)
     try:
         batch.run(entries)
@@ -119,7 +121,7 @@ def run_batch(
 @dataclass
 class _Batch:
     pipeline: Pipeline
-    model_digest: str
+    models: dict[str, str]
     ledger: Ledger
     options: Options
     root: Path
@@ -239,7 +241,7 @@ class _Batch:
         return {
             "pipeline": self.pipeline.name,
             "pipeline_sha256": self.pipeline.digest,
-            "model_sha256": self.model_digest,
+            **self.models,
             "deidentified": self.options.deidentify,
         }
 
@@ -254,10 +256,8 @@ class _Batch:
         return state([(name, path) for path, name in self._files(study).items()])
 
     def _start(self) -> Start:
-        model = Path(self.pipeline.model)  # a name, or a folder: whoever runs it may do so in another one
-        where = str(model.resolve()) if model.is_dir() else self.pipeline.model
         return Start(
-            pipeline=self.pipeline.model_dump(mode="json") | {"model": where},
+            pipeline=self.pipeline.with_models(_placed).model_dump(mode="json"),
             studies=str(self.root.resolve()),
             out=str(self.ledger.out.resolve()),
             check=self.ledger.check,
@@ -351,8 +351,14 @@ class _Batch:
 
     def _sweep(self) -> None:
         """Remove what interrupted runs left of studies that nobody works on: outputs, and claims of what is done."""
+        self.claims.tidy()
         left = [left for part in (".work", ".claims") for left in (self.ledger.out / part).iterdir()]
         for study in {path.name.split(".")[0] for path in left}:
             if study and self.claims.claim(study):  # names of other files there begin with a dot
                 self.ledger.sweep(study)
                 self.claims.release(study)
+
+
+def _placed(model: str) -> str:
+    """Return a model's name, or its whole path: whoever runs it may do so in another folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -22,17 +23,14 @@ def check_pipeline(pipeline: Pipeline) -> Path:
     """Return the folder of the pipeline's model, when everything the pipeline asks for is there.
 
     Raises UsageError with all that is not: channels and labels that the model does not have, outputs that are not
-    known; ModelError where the model itself is missing or damaged.
+    known; ModelError where a model itself is missing or damaged.
     """
     folder = find_model(pipeline.model)
-    plan = Plan.load(folder / "plan.json")
-    problems = []
-    if len(pipeline.channels) != len(plan.channels):
-        names = ", ".join(channel.name for channel in plan.channels)
-        problems.append(f"the model has {len(plan.channels)} channel(s) ({names}), not {len(pipeline.channels)}")
-    known = {label.name for label in plan.labels}
-    wanted = dict.fromkeys(name for step in pipeline.cleanup for name in step.labels)
-    problems += [f"the model has no label {name!r}" for name in wanted if name not in known]
+    cleaned = [name for step in pipeline.cleanup for name in step.labels]
+    problems = _misfits("model", folder, len(pipeline.channels), cleaned)
+    if (localizer := pipeline.localizer) is not None:
+        count = len(localizer.channels or pipeline.channels)
+        problems += _misfits("localizer", find_model(localizer.model), count, localizer.labels)
     outputs = ", ".join(WRITERS)
     problems += [f"there is no output {name!r} but {outputs}" for name in pipeline.outputs if name not in WRITERS]
     if "picture" in pipeline.outputs and not find_spec("matplotlib"):
@@ -42,6 +40,17 @@ def check_pipeline(pipeline: Pipeline) -> Path:
     if problems:
         raise UsageError(f"The pipeline cannot run: {'; '.join(problems)}.")
     return folder
+
+
+def _misfits(what: str, folder: Path, channels: int, labels: Sequence[str]) -> list[str]:
+    """Return why a model cannot be given so many channels, or asked for these labels."""
+    plan = Plan.load(folder / "plan.json")
+    problems = []
+    if channels != len(plan.channels):
+        names = ", ".join(channel.name for channel in plan.channels)
+        problems.append(f"the {what} has {len(plan.channels)} channel(s) ({names}), not {channels}")
+    known = {label.name for label in plan.labels}
+    return problems + [f"the {what} has no label {name!r}" for name in dict.fromkeys(labels) if name not in known]
 
 
 def explain(pipeline: Pipeline, path: str | PathLike[str]) -> list[dict[str, Any]]:

@@ -62,6 +62,13 @@ class Claims:
         for path in self.folder.glob("*.json"):
             self.release(path.stem)
 
+    def tidy(self) -> None:
+        """Remove what killed processes left beside their claims; one that is alive goes on without it."""
+        for path in self.folder.iterdir():
+            if path.suffix != ".json":
+                with suppress(OSError):
+                    path.unlink()
+
     def _path(self, study: str) -> Path:
         return self.folder / f"{study}.json"
 

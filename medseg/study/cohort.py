@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from medseg.errors import MedsegError, UsageError
 from medseg.io.files import reading
+from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive
 from medseg.study.find import listed, no_dicom
-from medseg.study.headers import all_study_uids
+from medseg.study.headers import all_headers, all_study_uids
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Entry:
     """One study to run: what tells it from all others, its StudyInstanceUID or "", and its files.
 
     A file or folder that cannot be read belongs to the studies beside it, and is an entry of its own where there are
-    none: it ends as failed, and nothing is forgotten.
+    none: it ends as failed, and nothing is forgotten. `objects` are files of other studies that were drawn on its
+    series, as far as somebody looked for them.
     """
 
     identity: str
     uid: str
     files: tuple[Path, ...]
+    objects: tuple[Path, ...] = ()
 
 
 def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None) -> list[Entry]:
@@ -55,6 +58,32 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     _add_problems(groups, problems, root)
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
+
+
+def with_objects(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries, each with the RTSTRUCT and SEG files of other studies that refer to series of it alone.
+
+    Planning systems export contours as studies of their own. Nothing is looked for in archives.
+    """
+    owners = {file: entry.identity for entry in entries for file in entry.files}
+    homes: dict[str, set[str]] = {}
+    drawn: dict[Path, None] = {}
+    for file, parts in all_headers([*owners]):
+        for part in () if isinstance(parts, MedsegError) else parts:
+            if part.modality in CONTENT:
+                drawn[file] = None
+            else:
+                homes.setdefault(part.series_uid, set()).add(owners[file])
+    found: dict[str, list[Path]] = {}
+    for file in drawn:
+        try:
+            described = describe_structures(file)
+        except MedsegError:
+            continue  # the study that it lies in fails of it
+        referred = [homes.get(uid, set()) for uid in described.series_uids] if described else []
+        if len(studies := set().union(*referred)) == 1 and owners[file] not in studies:
+            found.setdefault(studies.pop(), []).append(file)
+    return [replace(entry, objects=tuple(found.get(entry.identity, ()))) for entry in entries]
 
 
 def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:

@@ -26,7 +26,7 @@ from medseg.io.structures import CONTENT, StructureFile, describe_structures
 from medseg.labels import make_labels
 from medseg.study.archive import opened
 from medseg.study.choose import choose
-from medseg.study.cohort import Entry, find_cohort
+from medseg.study.cohort import Entry, find_cohort, with_objects
 from medseg.study.dataset_folder import CaseOutcome, DatasetFolder
 from medseg.study.find import Study, listed, read_studies
 from medseg.study.rules import DatasetRules, LabelRule, load_rules
@@ -62,17 +62,17 @@ def make_dataset(
 ) -> list[CaseOutcome]:
     """Return what became of every study of a folder; those that are taken are cases of the training folder `out`.
 
-    A study is taken where RT Structure Sets or DICOM SEG of its own refer to the series of the first channel and hold
-    structures that the rules take. Started again, it keeps what is done with the same rules and unchanged files; more
-    studies can be added from other folders. Names are hashes with a key that lies, as all that leads back, in
-    `out`.private beside it.
+    A study is taken where RT Structure Sets or DICOM SEG, of its own or of another study of the folder, refer to the
+    series of the first channel and hold structures that the rules take. Started again, it keeps what is done with the
+    same rules and unchanged files; more studies can be added from other folders. Names are hashes with a key that lies,
+    as all that leads back, in `out`.private beside it.
     Raises UsageError for rules that make no sense, UnreadableFile without DICOM files, OutputError where `out` cannot
     be written; no single study raises.
     """
     chosen = rules if isinstance(rules, DatasetRules) else load_rules(rules)
     if Path(out).resolve().is_relative_to(Path(studies).resolve()):
         raise UsageError("The dataset would lie among the studies: give a folder outside of theirs.", path=out)
-    entries = find_cohort(studies)
+    entries = with_objects(find_cohort(studies))
     if not entries:
         raise UnreadableFile("There is no DICOM file here.", path=studies, reason="no_dicom")
     folder = DatasetFolder.open(out, chosen)
@@ -101,7 +101,7 @@ def _made(entry: Entry, rules: DatasetRules, folder: DatasetFolder) -> tuple[_Ma
             files = [*entry.files] if place == entry.files[0] else listed(place, [])
             patient = _patient_id(files)
             outcome = replace(outcome, group=folder.name(f"patient {patient}") if patient else case)
-            _make(made, _only(read_studies(files)), rules)
+            _make(made, _only(read_studies(files)), entry.objects, rules)
             told = [str(one.message) for one in caught if "medseg" in one.filename]
     except Exception as error:  # noqa: BLE001 - one study never stops the rest
         end = ending(error)
@@ -115,9 +115,9 @@ def _made(entry: Entry, rules: DatasetRules, folder: DatasetFolder) -> tuple[_Ma
     )
 
 
-def _make(made: _Made, study: Study, rules: DatasetRules) -> None:
-    """Fill `made` with what a study gives. Raises what refuses the study."""
-    objects = _objects(study)
+def _make(made: _Made, study: Study, others: Sequence[Path], rules: DatasetRules) -> None:
+    """Fill `made` with what a study gives, and objects of other studies. Raises what refuses the study."""
+    objects = _objects(study, others)
     names = [name for one in objects for name in one.names]
     made.untaken = tuple(rules.untaken(names))
     objects = [one for one in objects if len(rules.untaken(one.names)) < len(one.names)]
@@ -148,9 +148,19 @@ def _only(studies: Sequence[Study]) -> Study:
     return studies[0]
 
 
-def _objects(study: Study) -> list[StructureFile]:
+def _objects(study: Study, others: Sequence[Path]) -> list[StructureFile]:
+    """Return the objects that were drawn on series of a study. Raises InputError where there are but others in it."""
     paths = {part.path for one in study.series for part in one.slices if part.modality in CONTENT}
-    return [found for path in sorted(paths) if (found := describe_structures(path))]
+    found = [one for path in sorted(paths.union(others)) if (one := describe_structures(path))]
+    images = [one for one in study.series if one.modality not in CONTENT]
+    drawn = [one for one in found if any(_refers(one, image) for image in images)]
+    if found and not drawn:
+        raise InputError(
+            "The study's structures were drawn on series of another study. If that lies below the same folder, they "
+            "count there.",
+            reason="other_study",
+        )
+    return drawn
 
 
 def _refers(file: StructureFile, series: Series) -> bool:

@@ -157,7 +157,7 @@ class DatasetFolder:
         _write_csv([("structure", "times"), *untaken(outcomes)], self.private / "structures.csv")
 
     def _state(self, entry: Entry) -> str:
-        return state([(self.name(str(file)), file) for file in entry.files])
+        return state([(self.name(str(file)), file) for file in (*entry.files, *entry.objects)])
 
 
 def untaken(outcomes: Sequence[CaseOutcome]) -> list[tuple[str, int]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medseg.errors import UsageError
 from medseg.io.files import reading
@@ -83,6 +84,18 @@ class Cleanup(Strict):
     minimal_ml: float | None = Field(default=None, gt=0)
 
 
+class Localizer(Strict):
+    """A first model: the box around what it finds, and `margin_mm` beyond, is all that the pipeline's model sees.
+
+    `labels` are the labels of it that count, `channels` the pipeline's channels that it is given; by default all.
+    """
+
+    model: str
+    labels: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
+    margin_mm: float = Field(default=20.0, ge=0)
+
+
 class Pipeline(Strict):
     """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space.
 
@@ -95,15 +108,34 @@ class Pipeline(Strict):
     model: str
     channels: tuple[Rule, ...] = Field(min_length=1)
     roi: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    localizer: Localizer | None = None
     registration: Literal["rigid"] | None = None
     mirror: bool = False
     cleanup: tuple[Cleanup, ...] = ()
     outputs: tuple[str, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _one_box(self) -> Pipeline:
+        if self.localizer is None:
+            return self
+        if self.roi is not None:
+            raise ValueError("roi and localizer both say where to look; leave one away")
+        if unknown := set(self.localizer.channels) - {rule.name for rule in self.channels}:
+            raise ValueError(f"the localizer asks for channels that are not there: {', '.join(sorted(unknown))}")
+        return self
+
     @property
     def digest(self) -> str:
-        """Return a SHA-256 of all decisions; the model's content has its own."""
-        return hashlib.sha256(self.model_dump_json(exclude={"model"}).encode()).hexdigest()
+        """Return a SHA-256 of all decisions; the content of models has its own."""
+        models: dict[str, Any] = {"model": True, "localizer": {"model"} if self.localizer else True}
+        return hashlib.sha256(self.model_dump_json(exclude=models).encode()).hexdigest()
+
+    def with_models(self, placed: Callable[[str], str]) -> Pipeline:
+        """Return the pipeline with each of its models called what `placed` makes of its name."""
+        localizer = self.localizer
+        if localizer is not None:
+            localizer = localizer.model_copy(update={"model": placed(localizer.model)})
+        return self.model_copy(update={"model": placed(self.model), "localizer": localizer})
 
 
 def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
@@ -126,14 +158,13 @@ def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
 
 
 def load_pipeline(name: str | PathLike[str]) -> Pipeline:
-    """Return the pipeline in a YAML file, or the shipped one of that name; a model beside the file is found from there.
+    """Return the pipeline in a YAML file, or the shipped one of that name; models beside the file are found from there.
 
     Raises UsageError where there is none, or the file says what no pipeline can.
     """
     path = _find(name)
     pipeline = read_yaml(path, Pipeline, "a pipeline")
-    beside = path.parent / pipeline.model
-    return pipeline.model_copy(update={"model": str(beside)}) if beside.is_dir() else pipeline
+    return pipeline.with_models(lambda name: str(path.parent / name) if (path.parent / name).is_dir() else name)
 
 
 def _find(name: str | PathLike[str]) -> Path:
@@ -149,5 +180,7 @@ def _find(name: str | PathLike[str]) -> Path:
 
 
 def _listed(error: ValidationError) -> str:
-    problems = [f"{'.'.join(map(str, one['loc'])) or 'file'}: {one['msg'].lower()}" for one in error.errors()]
+    told = [one["msg"].removeprefix("Value error, ") for one in error.errors()]
+    places = [".".join(map(str, one["loc"])) or "file" for one in error.errors()]
+    problems = [f"{place}: {text[0].lower()}{text[1:]}" for place, text in zip(places, told, strict=True)]
     return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}: {'; '.join(problems)}"

@@ -30,6 +30,7 @@ from medseg.study.choose import Selection, choose, share_space
 from medseg.study.describe import study_facts
 from medseg.study.find import read_studies
 from medseg.study.ledger import sha256
+from medseg.study.localize import localize, segment_box
 from medseg.study.pipeline import Cleanup, Pipeline
 from medseg.volume import Volume
 
@@ -153,14 +154,21 @@ def read_job(job: Job, pipeline: Pipeline) -> None:
     job.image, job.facts["registrations"] = read_channels(job.series)
 
 
-def segment_job(job: Job, pipeline: Pipeline, model: Model) -> None:
-    """Make `job.labels` from `job.image`: the network, then the clean-up. Raises what `segment` does."""
+def segment_job(job: Job, pipeline: Pipeline, model: Model, localizer: Model | None = None) -> None:
+    """Make `job.labels` from `job.image`: the networks, then the clean-up. Raises what `segment` does."""
     from medseg.model.timing import Report
 
     if job.image is None:
         raise InputError("The study has not been read.")
     report = Report()
-    labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, report=report)
+    if pipeline.localizer is None:
+        labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, report=report)
+    elif localizer is None:
+        raise InputError("The localizer of the pipeline has not been loaded.")
+    else:
+        channels = [rule.name for rule in pipeline.channels]
+        box, job.facts["localizer"] = localize(job.image, channels, pipeline.localizer, localizer)
+        labels = segment_box(job.image, box, model, mirror=pipeline.mirror, report=report)
     with report.stage("cleanup"):
         for step in pipeline.cleanup:
             labels = tidy(labels, step, model.plan.labels)

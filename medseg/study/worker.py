@@ -1,4 +1,4 @@
-"""A process that keeps a network loaded and runs studies through it: python -m medseg.study.worker.
+"""A process that keeps a pipeline's networks loaded and runs studies: python -m medseg.study.worker.
 
 It reads one JSON message a line from standard input, first {"start": ...}, then {"study": ...}, and answers in the same
 way on standard output. Reading the next study and writing the last one overlap with computing. When its input ends
@@ -68,37 +68,50 @@ class Task:
     state: str
 
 
-def model_digest(folder: Path) -> str:
-    """Return a SHA-256 of a model's plan and weights."""
+def model_digests(pipeline: Pipeline) -> dict[str, str]:
+    """Return a SHA-256 of each model of a pipeline, under the names that they have in manifests.
+
+    Raises ModelError where one is not there.
+    """
+    from medseg.model.weights import find_model
+
+    digests = {"model_sha256": _model_digest(find_model(pipeline.model))}
+    if pipeline.localizer is not None:
+        digests["localizer_sha256"] = _model_digest(find_model(pipeline.localizer.model))
+    return digests
+
+
+def _model_digest(folder: Path) -> str:
+    """Return a SHA-256 of a model's plan and weights, and of those of the model before it in a cascade."""
     files = [folder / "plan.json", *sorted(folder.glob("fold_*.safetensors"))]
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    hashes = [sha256(file) for file in files]
+    if (folder / "previous").is_dir():
+        hashes.append(_model_digest(folder / "previous"))
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 class Runner:
     """Runs studies through one pipeline with one model, each from its files to its published folder."""
 
     def __init__(self, start: Start, send: Send):
-        from medseg.model.segmenter import Model
-        from medseg.model.weights import find_model
-
         self.start, self.send = start, send
         self.pipeline = Pipeline.model_validate(start.pipeline)
         import_ahead(self.pipeline.outputs)
         self.ledger = Ledger.existing(start.out, deidentify=start.deidentify)
-        model = find_model(self.pipeline.model)
-        same = (self.ledger.check, model_digest(model)) == (start.check, start.manifest["model_sha256"])
+        same = self.ledger.check == start.check and model_digests(self.pipeline).items() <= start.manifest.items()
         if not (same and Path(start.studies).exists()):
             raise OutputError(
                 "A worker does not see the same output folder, model and studies as the batch. All machines of a batch "
                 "need the same disks under the same paths."
             )
-        self.model: Model = Model.load(
-            model,
-            device=start.device,
-            runtime=start.runtime,
-            precision=start.precision,
-            threads=start.threads,
-        )
+        self.model = self._loaded(self.pipeline.model)
+        self.localizer = self._loaded(self.pipeline.localizer.model) if self.pipeline.localizer else None
+
+    def _loaded(self, model: str) -> Model:
+        from medseg.model.segmenter import Model
+
+        how = self.start
+        return Model.load(model, device=how.device, runtime=how.runtime, precision=how.precision, threads=how.threads)
 
     def read(self, task: Task) -> _Running:
         """Return the task with its image read, or the error that ended it."""
@@ -108,7 +121,7 @@ class Runner:
 
     def segment(self, running: _Running) -> None:
         """Compute the labels, unless an error ended the task before."""
-        running.stage("segment", self.send, lambda: segment_job(running.job, self.pipeline, self.model))
+        running.stage("segment", self.send, lambda: self._segment(running.job))
 
     def finish(self, running: _Running) -> dict[str, Any]:
         """Write and publish the outputs, or what ended the task, and return the message that says so.
@@ -125,6 +138,9 @@ class Runner:
         finally:
             running.close()
         return {"done": running.task.study, "manifest": manifest}
+
+    def _segment(self, job: Job) -> None:
+        segment_job(job, self.pipeline, self.model, self.localizer)
 
     def _write(self, running: _Running) -> None:
         write_job(running.job, self.pipeline, self.model.plan.labels, running.work)
