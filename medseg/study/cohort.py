@@ -65,23 +65,23 @@ def with_objects(entries: Sequence[Entry]) -> list[Entry]:
 
     Planning systems export contours as studies of their own. Nothing is looked for in archives.
     """
-    owners = {file: entry.identity for entry in entries for file in entry.files}
     homes: dict[str, set[str]] = {}
-    drawn: dict[Path, None] = {}
-    for file, parts in all_headers([*owners]):
-        for part in () if isinstance(parts, MedsegError) else parts:
-            if part.modality in CONTENT:
-                drawn[file] = None
-            else:
-                homes.setdefault(part.series_uid, set()).add(owners[file])
+    drawn: dict[Path, str] = {}
+    for entry in entries:
+        for file, parts in all_headers(entry.files):
+            for part in () if isinstance(parts, MedsegError) else parts:
+                if part.modality in CONTENT:
+                    drawn[file] = entry.identity
+                else:
+                    homes.setdefault(part.series_uid, set()).add(entry.identity)
     found: dict[str, list[Path]] = {}
-    for file in drawn:
+    for file, own in drawn.items():
         try:
             described = describe_structures(file)
         except MedsegError:
             continue  # the study that it lies in fails of it
         referred = [homes.get(uid, set()) for uid in described.series_uids] if described else []
-        if len(studies := set().union(*referred)) == 1 and owners[file] not in studies:
+        if len(studies := set().union(*referred)) == 1 and own not in studies:
             found.setdefault(studies.pop(), []).append(file)
     return [replace(entry, objects=tuple(found.get(entry.identity, ()))) for entry in entries]
 
