@@ -95,7 +95,7 @@ class Watch:
     def wait_for_a_moment(self, process: subprocess.Popen) -> bool:
         """Wait until a batch starts, or has done some studies and works on another; return whether it still runs."""
         goal = self.chance.choice([None, *range(self.look(), self.count)])
-        until = time.monotonic() + (self.chance.uniform(0, 4) if goal is None else 600)
+        until = time.monotonic() + (self.chance.uniform(0, 4) if goal is None else 3000)
         while process.poll() is None and time.monotonic() < until:
             if self.look() >= (self.count if goal is None else goal) and any((self.out / ".work").glob("*")):
                 break
