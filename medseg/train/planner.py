@@ -25,8 +25,8 @@ SMALLEST_MAP = 4
 BOX_SHARE = 0.75
 """Share of an image from which on cropping to the box around what is not 0 is not worth it."""
 
-PATCH_VOXELS = 2**18
-"""Voxels of a patch at most, 64³: what two cores train on at about one step a second."""
+PATCH_VOXELS = 2**17
+"""Voxels of a patch at most, 64 x 64 x 32: what two cores train on at about one step a second."""
 
 FIRST_FEATURES, MOST_FEATURES = 16, 256
 
