@@ -26,15 +26,19 @@ from medseg.train.planner import (
 NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
 
 
-def facts(spacing, shape, nonzero=1.0):
-    return CaseFacts(name="x", shape=shape, spacing_mm=spacing, nonzero=nonzero, label_voxels={1: 10})
+def facts(spacing, shape, nonzero=1.0, box=None):
+    return CaseFacts(
+        name="x", shape=shape, spacing_mm=spacing, box=box or shape, nonzero=nonzero, label_voxels={1: 10}
+    )
+
+
+def fingerprint_of(cases, channel="MR"):
+    labels = make_labels([(1, "organ")])
+    return Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
 
 
 def planned(cases, channel="MR"):
-    labels = make_labels([(1, "organ")])
-    return make_plan(
-        Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
-    )
+    return make_plan(fingerprint_of(cases, channel))
 
 
 def test_a_plan_is_explained_and_what_somebody_changed_is_said_so():
@@ -59,6 +63,16 @@ def test_hippocampus_gets_nnunets_topology_and_a_patch_within_the_case():
     assert plan.patch == (32, 48, 32)
     assert plan.network.strides == ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
     assert plan.network.features == (16, 32, 64, 128)
+
+
+def test_air_of_zeros_is_cropped_where_it_is_a_quarter_of_an_image_or_more():
+    cases = [facts((4, 4, 2), (128, 128, 128), box=box) for box in ((64, 110, 110), (60, 100, 120), (128, 128, 128))]
+    plan = planned(cases)
+    assert plan.crop_nonzero
+    assert plan.patch[0] <= 64
+    assert not planned([facts((4, 4, 2), (128, 128, 128), box=(127, 120, 110))]).crop_nonzero
+    row = next(row for row in explain(fingerprint_of(cases), plan) if row["decision"] == "crop_nonzero")
+    assert (row["value"], "37 %" in row["why"]) == ("yes", True)
 
 
 def test_thick_slices_are_not_halved_before_the_others_are_as_thick():
