@@ -94,7 +94,7 @@ def train(work: Path, fold: int, iterations: int) -> None:
     """Train one fold; when each step began and ended goes to WORK/times.json."""
     import torch  # noqa: PLC0415 - the peer's environment only
 
-    torch.set_num_threads(os.cpu_count() or 1)  # as its command line does for a CPU
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # all cores, as its command line does for a CPU
     trainer = _trainer(fold)
     trainer.num_epochs = max(1, round(iterations / 250))
     trainer.num_iterations_per_epoch = round(iterations / trainer.num_epochs)

@@ -80,7 +80,7 @@ def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
         folder.mkdir(parents=True)
         TrainSettings(seed=run.seed).save(folder / "train.json")
     command = [sys.executable, "-m", "medseg", "train", str(bench.data(run)), str(folder)]
-    measured = _measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
+    measured = run_measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
     scores = json.loads((folder / f"fold_{run.fold}.scores.json").read_text(encoding="utf-8"))
     cases = {
         case["case"]: {label["name"]: label["dice"] for label in case["labels"] if label["dice"] is not None}
@@ -100,9 +100,9 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         command = [*peer, "prepare", str(bench.data(run)), str(folder), PATCHES[run.dataset]]
-        prepared.write_text(json.dumps(asdict(_measured(command, folder / "prepare.txt"))), encoding="utf-8")
+        prepared.write_text(json.dumps(asdict(run_measured(command, folder / "prepare.txt"))), encoding="utf-8")
     iterations = run.budget.removesuffix("iterations")
-    measured = _measured([*peer, "train", str(folder), str(run.fold), iterations], folder / "train.txt")
+    measured = run_measured([*peer, "train", str(folder), str(run.fold), iterations], folder / "train.txt")
     times = np.asarray(json.loads((folder / "times.json").read_text(encoding="utf-8")))
     found = asdict(measured) | {
         "prepare": json.loads(prepared.read_text(encoding="utf-8")),
@@ -111,12 +111,12 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
     _, validation = read_dataset(bench.data(run)).fold(run.fold, 5)
     for key, options in (("cases", []), ("cases_mirrored", ["mirror"])):
         out = folder / key
-        _measured([*peer, "validate", str(folder), str(run.fold), str(out), *options], folder / f"{key}.txt")
+        run_measured([*peer, "validate", str(folder), str(run.fold), str(out), *options], folder / f"{key}.txt")
         found[key] = _scored(validation, out, bench.data(run))
     return found
 
 
-def _measured(command: list[str], log: Path) -> Measurement:
+def run_measured(command: list[str], log: Path) -> Measurement:
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     measured = measure(command, log, LIMIT_GB, HERE, environment, INTERVAL_S)
     if measured.status != "done":

@@ -41,6 +41,25 @@ def test_where_all_classes_were_drawn_it_is_monais():
     torch.testing.assert_close(dice_ce(logits, target, torch.ones(2, 4, dtype=torch.bool)), monai(logits, target))
 
 
+def test_a_class_that_is_not_in_a_patch_has_no_dice_there():
+    logits, target = random_case()
+    target[1][target[1] == 3] = 0
+    shares = logits.softmax(dim=1)
+    truth = torch.stack([(target[:, 0] == number).float() for number in range(4)], dim=1)
+    dice = 2 * (shares * truth).sum(dim=(2, 3, 4)) / (shares + truth).sum(dim=(2, 3, 4))
+    there = torch.stack([dice[0, 1], dice[0, 2], dice[0, 3], dice[1, 1], dice[1, 2]])
+    entropy = -shares.log().gather(1, target).mean()
+    expected = entropy + (1 - there).mean()
+    torch.testing.assert_close(dice_ce(logits, target, torch.ones(2, 4, dtype=torch.bool)), expected)
+
+
+def test_a_patch_of_background_alone_still_teaches():
+    logits, target = random_case()
+    logits.requires_grad_()
+    dice_ce(logits, torch.zeros_like(target), torch.ones(2, 4, dtype=torch.bool)).backward()
+    assert (logits.grad[:, 0] < 0).all()  # more background, everywhere
+
+
 def test_an_undrawn_class_may_be_anywhere_in_the_background():
     logits, target = random_case()
     target[0][target[0] == 2] = 0

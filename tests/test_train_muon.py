@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.train.muon import Muon, orthogonal
+from medseg.train.muon import QUINTIC, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
@@ -57,3 +57,18 @@ def test_the_step_of_a_convolution_does_not_depend_on_the_size_of_its_gradient()
         changes.append(before - network.conv.weight.detach())
     torch.testing.assert_close(changes[0], changes[1], rtol=1e-3, atol=1e-6)
     assert 0.1 < changes[0].square().mean().sqrt() / 0.01 < 0.4  # about AdamW's
+
+
+@pytest.mark.parametrize("shape", [(16, 27), (32, 432), (64, 8)])
+def test_turns_among_small_matrices_give_what_turns_of_the_whole_matrix_give(shape):
+    torch.manual_seed(2)
+    matrix = torch.randn(shape) * torch.logspace(0, -4, shape[1])  # some directions hardly matter
+    a, b, c = QUINTIC
+    tall = shape[0] > shape[1]
+    expected = (matrix.mT if tall else matrix).double()
+    expected = expected / expected.norm()
+    for _ in range(5):
+        square = expected @ expected.mT
+        expected = a * expected + (b * square + c * square @ square) @ expected
+    found = orthogonal(matrix).double()
+    assert (found - (expected.mT if tall else expected)).norm() / expected.norm() < 1e-3

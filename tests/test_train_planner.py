@@ -13,7 +13,7 @@ from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
 from medseg.train.planner import (
-    PATCH_VOXELS,
+    FIXED,
     explain,
     first_patch,
     make_plan,
@@ -26,15 +26,19 @@ from medseg.train.planner import (
 NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
 
 
-def facts(spacing, shape, nonzero=1.0):
-    return CaseFacts(name="x", shape=shape, spacing_mm=spacing, nonzero=nonzero, label_voxels={1: 10})
+def facts(spacing, shape, nonzero=1.0, box=None):
+    return CaseFacts(
+        name="x", shape=shape, spacing_mm=spacing, box=box or shape, nonzero=nonzero, label_voxels={1: 10}
+    )
+
+
+def fingerprint_of(cases, channel="MR"):
+    labels = make_labels([(1, "organ")])
+    return Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
 
 
 def planned(cases, channel="MR"):
-    labels = make_labels([(1, "organ")])
-    return make_plan(
-        Fingerprint(name="x", channels=(channel,), labels=labels, cases=tuple(cases), intensities=(NUMBERS,))
-    )
+    return make_plan(fingerprint_of(cases, channel))
 
 
 def test_a_plan_is_explained_and_what_somebody_changed_is_said_so():
@@ -61,6 +65,16 @@ def test_hippocampus_gets_nnunets_topology_and_a_patch_within_the_case():
     assert plan.network.features == (16, 32, 64, 128)
 
 
+def test_air_of_zeros_is_cropped_where_it_is_a_quarter_of_an_image_or_more():
+    cases = [facts((4, 4, 2), (128, 128, 128), box=box) for box in ((64, 110, 110), (60, 100, 120), (128, 128, 128))]
+    plan = planned(cases)
+    assert plan.crop_nonzero
+    assert plan.patch[0] <= 64
+    assert not planned([facts((4, 4, 2), (128, 128, 128), box=(127, 120, 110))]).crop_nonzero
+    row = next(row for row in explain(fingerprint_of(cases), plan) if row["decision"] == "crop_nonzero")
+    assert (row["value"], "37 %" in row["why"]) == ("yes", True)
+
+
 def test_thick_slices_are_not_halved_before_the_others_are_as_thick():
     # 1 x 1 x 5 mm: in-plane halvings make 2, 4, 8 mm; along the third axis they begin once 5 < 2 x the finest.
     kernels, strides = topology((160, 160, 16), (1, 1, 5))
@@ -77,14 +91,14 @@ def test_every_plan_is_valid_and_its_patch_within_bounds(shape, spacing):
     divisor = np.array(plan.network.divisor)
     assert (np.array(plan.patch) % divisor == 0).all()
     assert (np.array(plan.patch) < np.array(shape) + divisor).all()
-    assert np.prod(np.array(plan.patch) - divisor + 1) <= PATCH_VOXELS
+    assert np.prod(np.array(plan.patch) - divisor + 1) <= FIXED.voxels
     assert len(plan.network.strides) >= 3
 
 
 def test_a_patch_sees_as_far_along_every_axis_in_mm():
-    edges = np.array(first_patch((500, 500, 500), (0.5, 1, 2))) * (0.5, 1, 2)
+    edges = np.array(first_patch((500, 500, 500), (0.5, 1, 2), 2**18)) * (0.5, 1, 2)
     assert np.ptp(edges) < 2.1  # within one voxel of the coarsest axis
-    assert first_patch((10, 500, 500), (1, 1, 1))[0] == 10
+    assert first_patch((10, 500, 500), (1, 1, 1), 2**18)[0] == 10
 
 
 def test_spacing_is_the_median_and_for_very_thick_slices_a_finer_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,18 @@ from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
 
 SMALLEST, LARGEST_CPU, LARGEST_GPU = 2**16, 2**18, 2**21
-"""Voxels of a patch; 40³ sees too little, and more than 64³ did not pay on a CPU. Only powers of two lie between them,
-so that a plan rarely hangs on the noise of a measurement."""
+"""Voxels of a patch: less than 40³ sees too little, more than 64³ did not pay on a CPU. Only powers of two lie between
+them, so that a plan rarely hangs on the noise of a measurement."""
 
 GPU_FEATURES = 32
 """At the finest resolution, as nnU-Net has."""
 
-STEP_S = 4.0
-"""What a step may take on a CPU: 900 of them fit into an hour."""
+STEP_S = 1.5
+"""What a step may take on a CPU, so that there are 1200 and more in half an hour. Two cores are to get 2**17 voxels:
+they take one second, and half of it either way is within this limit."""
 
 PROBE_S, PROBE_STEPS = 2.0, 10
-"""Steps are measured until both of these are reached or one is far exceeded."""
+"""How long steps are measured, but at least two, and at most so many."""
 
 MEMORY_SHARE = 0.7
 """Of a GPU's memory; the rest is for weights, workspaces of convolutions, fragments, and the screen."""
@@ -57,7 +59,7 @@ def find_capacity(facts: Fingerprint, device: torch.device, batch: int) -> Capac
     if device.type == "mps":
         return by_memory(facts, device.type, torch.mps.recommended_max_memory(), batch)
     smallest = make_plan(facts, Capacity(voxels=SMALLEST))
-    if device.type != "cpu" or smallest == make_plan(facts):
+    if device.type != "cpu" or smallest == make_plan(facts, Capacity(voxels=LARGEST_CPU)):
         return FIXED
     return by_speed(measured_speed(smallest, batch), batch)
 
@@ -102,14 +104,15 @@ def by_speed(voxels_per_s: float, batch: int) -> Capacity:
 def measured_speed(plan: Plan, batch: int) -> float:
     """Return the voxels of patches that the CPU trains on in a second: real steps of a plan, on noise.
 
-    It is the speed of the fastest step, since other work on the machine only makes steps slower.
+    It is the speed of the fastest step, in processor time shared out to torch's threads: waiting for a core that other
+    work has says nothing of the machine.
     """
     settings = TrainSettings(batch=batch)
     state = new_state(plan, settings, torch.device("cpu"))
     sampler = Sampler([_noise(plan)], plan, settings.seed, settings.foreground)
     ends: list[float] = []
     for _ in optimize(state, sampler, settings, Budget(steps=PROBE_STEPS)):
-        ends.append(state.seconds)
+        ends.append(time.process_time() / torch.get_num_threads())
         if len(ends) > 1 and state.seconds > PROBE_S:
             break
     return batch * math.prod(plan.patch) / float(np.diff(ends).min())  # without the first, which warms up

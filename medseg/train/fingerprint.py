@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from medseg.errors import DatasetError
 from medseg.labels import Label, label_map
 from medseg.model.plan import Region
+from medseg.model.preprocess import nonzero_box
 from medseg.model.stored import Stored
 from medseg.train.check import Findings, check_case, check_together, unseen
 from medseg.train.dataset import Case, Dataset
@@ -23,9 +24,10 @@ SAMPLES_PER_CASE = 10_000
 
 
 class CaseFacts(BaseModel):
-    """One case in canonical orientation (RAS): its shape, spacing, share of voxels that are not 0, and label counts.
+    """One case in canonical orientation (RAS): its shape, spacing, what of it is not 0, and label counts.
 
-    `label_voxels` counts the values of the label file, but for 0 and what is to be ignored.
+    `box` is the shape of the smallest box around the voxels that are not 0 in some channel, `nonzero` their share of
+    the whole image. `label_voxels` counts the values of the label file, but for 0 and what is to be ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +35,7 @@ class CaseFacts(BaseModel):
     name: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
+    box: tuple[int, int, int]
     nonzero: float
     label_voxels: dict[int, int]
 
@@ -105,11 +108,13 @@ def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDA
     values = label_map(labels)
     numbers, counts = np.unique(values, return_counts=True)
     canonical = image.grid.reoriented("RAS")
+    inside = image.cropped(*nonzero_box(image))
     voxels = {int(number): int(count) for number, count in zip(numbers, counts, strict=True)}
     facts = CaseFacts(
         name=case.name,
         shape=canonical.shape,
         spacing_mm=canonical.spacing_mm,
+        box=inside.grid.reoriented("RAS").shape,
         nonzero=float((image.array != 0).any(axis=0).mean()),
         label_voxels={number: count for number, count in voxels.items() if number not in {0, case.ignore}},
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 SMOOTH = 1e-5
-"""Added to both sides of the Dice ratio: 1 where a class is neither there nor found."""
+"""Added to both sides of the Dice ratio."""
 
 MISSED = 0.7
 """What a missed voxel weighs in the Tversky index; a wrong one weighs the rest."""
@@ -39,8 +39,10 @@ def deep_loss(name: LossName, logits: Sequence[Tensor], target: Tensor, known: T
 
 
 def dice_ce(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Return cross-entropy + 1 - soft Dice, the Dice of each image and class above 0 counting the same.
+    """Return cross-entropy + 1 - soft Dice, the Dice of each image and class above 0 in it counting the same.
 
+    A class that is not in a patch has no Dice there, and what is found of it is left to the cross-entropy: most patches
+    lack most of many small organs, and a Dice that is 1 for finding nothing would teach just that.
     A class that was not drawn in an image may be anywhere in what is labelled background: its probability is added to
     background's, and it has no Dice. In voxels of another class it stays wrong.
     Source: Shi et al., "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", Medical
@@ -137,14 +139,15 @@ LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def regions_ce(logits: Tensor, target: Tensor, known: Tensor, missed: float = 0.5, power: float = 1.0) -> Tensor:
     """Return binary cross-entropy + (1 - the Tversky index) to a power, of regions that may overlap, by sigmoids.
 
-    A region that was not drawn in an image has neither there; each region counts alike.
+    A region that was not drawn in an image has neither there; one that is not in it has no index. Each counts alike.
     Source: Isensee et al., "nnU-Net for brain tumor segmentation", BrainLes 2020.
     """
     counted = (target != IGNORED) & known[..., None, None, None]
     truth = (target == 1).to(logits.dtype)
     entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
     index = _index(logits.sigmoid() * counted, truth * counted, missed)
-    missing = (1 - index[known]).clamp(min=SMOOTH) if known.any() else index.new_zeros(1)
+    told = known & (truth * counted).flatten(2).any(dim=2)
+    missing = (1 - index[told]).clamp(min=SMOOTH) if told.any() else index.new_zeros(1)
     return (entropy * counted).sum() / counted.sum().clamp(min=1) + (missing**power).mean()
 
 
@@ -170,14 +173,14 @@ def _entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _tversky(logits: Tensor, target: Tensor, missed: float, known: Tensor) -> Tensor:
-    """Return the index of each image and class above 0 that was drawn; with `missed` 0.5 it is Dice."""
+    """Return the index of each image and class above 0 that was drawn and is there; with `missed` 0.5 it is Dice."""
     shares = logits.softmax(dim=1)
     truth = functional.one_hot(target[:, 0].clamp(min=0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
     counted = target != IGNORED
     if not counted.all():
         shares, truth = shares * counted, truth * counted
-    index = _index(shares, truth, missed)[:, 1:]
-    return index[known[:, 1:]] if known[:, 1:].any() else torch.ones(1, device=logits.device)
+    told = (known & truth.flatten(2).any(dim=2))[:, 1:]
+    return _index(shares, truth, missed)[:, 1:][told] if told.any() else logits.new_ones(1)
 
 
 def _index(shares: Tensor, truth: Tensor, missed: float) -> Tensor:

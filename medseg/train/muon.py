@@ -71,12 +71,18 @@ class Muon(Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """Return a matrix with the singular vectors of `matrix` and singular values near 1 (0.7 to 1.2).
 
-    Source: Newton-Schulz iteration of Jordan et al., 2024.
+    Source: Newton-Schulz iteration of Jordan et al., 2024. A turn is a polynomial of the matrix times its transpose,
+    and all these commute: they are multiplied among themselves, and the (much longer) matrix once, at the end.
     """
     a, b, c = QUINTIC
     tall = matrix.shape[0] > matrix.shape[1]
-    result: Tensor = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)
+    wide: Tensor = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)
+    square = wide @ wide.mT
+    identity = torch.eye(len(square), device=square.device, dtype=square.dtype)
+    total = identity
     for _ in range(5):
-        square = result @ result.mT
-        result = a * result + (b * square + c * square @ square) @ result
+        turn = a * identity + (b * identity + c * square) @ square
+        square = turn @ square @ turn
+        total = turn @ total
+    result = total @ wide
     return result.mT if tall else result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -56,9 +57,9 @@ class Sampler:
         Raises DatasetError that names the case where its prepared files cannot be read.
         """
         random = np.random.default_rng([self.seed, step, sample])
-        case = self.cases[int(random.integers(len(self.cases)))]
+        number, case = self._asked(random)
         try:
-            return self._drawn(case, random)
+            return self._drawn(case, number, random)
         except Exception as error:  # whatever it is, it must be known which case it was
             raise DatasetError(
                 f"No patch could be drawn from {case.name}: {type(error).__name__}. Delete the cache of the model and "
@@ -66,8 +67,28 @@ class Sampler:
                 reason="case",
             ) from error
 
-    def _drawn(self, case: Prepared, random: Generator) -> Batch:
-        center = self._center(case, random)
+    @cached_property
+    def _owners(self) -> dict[int, list[Prepared]]:
+        """Return the cases in which each class is."""
+        numbers = sorted({number for case in self.cases for number in case.places if number})
+        return {number: [case for case in self.cases if number in case.places] for number in numbers}
+
+    def _asked(self, random: Generator) -> tuple[int, Prepared]:
+        """Return a class to center a patch on and a case that has it; or 0, for any place, and any case.
+
+        A class is asked for by the square root of the number of cases that have it: one that few cases have is seen
+        more often than by chance, but not so often that these cases are learned by heart.
+        """
+        if self._owners and random.random() < self.foreground:
+            weights = np.sqrt([len(cases) for cases in self._owners.values()])
+            number = int(random.choice(list(self._owners), p=weights / weights.sum()))
+            cases = self._owners[number]
+        else:
+            number, cases = 0, list(self.cases)
+        return number, cases[int(random.integers(len(cases)))]
+
+    def _drawn(self, case: Prepared, number: int, random: Generator) -> Batch:
+        center = self._center(case, number, random)
         matrix = self._warp(random)
         patch = np.asarray(self.plan.patch)
         # What the turned patch touches, with a voxel to spare for interpolation.
@@ -82,12 +103,10 @@ class Sampler:
         seed = torch.tensor(int(random.integers(2**62)))
         return Batch(image, in_outputs(target.long(), self.plan), torch.from_numpy(case.known), seed)
 
-    def _center(self, case: Prepared, random: Generator) -> NDArray[np.float64]:
+    def _center(self, case: Prepared, number: int, random: Generator) -> NDArray[np.float64]:
         size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
         # A patch stays inside the image; where it is larger, the image stays inside the patch.
         low, high = np.minimum(0, size - patch), np.maximum(0, size - patch)
-        classes = [number for number in case.places if number]
-        number = int(random.choice(classes)) if classes and random.random() < self.foreground else 0
         if number in case.places:  # 0 is there where voxels are ignored: any that is not
             voxels = case.places[number]
             start = np.clip(voxels[random.integers(len(voxels))] - patch // 2, low, high)

@@ -73,7 +73,7 @@ class TrainSettings(Stored):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     ema: float = Field(default=0.99, ge=0, lt=1)
     gradient_norm: float = Field(default=12.0, gt=0)
-    foreground: float = Field(default=0.5, ge=0, le=1)
+    foreground: float = Field(default=0.67, ge=0, le=1)
     momentum: float = Field(default=0.99, ge=0, lt=1)
     schedule: Literal["cosine", "one_cycle", "poly"] = "cosine"
     accumulate: int = Field(default=1, ge=1)
