@@ -108,7 +108,10 @@ def test_a_plan_made_again_is_the_same_and_says_what_it_was_made_for(tmp_path, m
     root, model = make_balls(tmp_path / "balls", cases=3), tmp_path / "model"
     plan = plan_dataset(root, model, device="cpu")[1]
     assert np.prod(plan.patch) <= 2**9
-    rows = {row["decision"]: row["why"] for row in explain(Fingerprint.load(model / "fingerprint.json"), plan, kept_capacity(model))}
+    rows = {
+        row["decision"]: row["why"]
+        for row in explain(Fingerprint.load(model / "fingerprint.json"), plan, kept_capacity(model))
+    }
     assert "within 512 voxels for cpu, measured to train on 1,000 voxels a second" in rows["patch"]
     assert not any(why.startswith("yours") for why in rows.values())
 

@@ -109,8 +109,8 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         ),
         "network": (
             f"{len(plan.unet.strides)} resolutions, features {_joined(plan.unet.features)}, kernels {kernels}",
-            "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest; "
-            f"{capacity.features} features first for {capacity.device} device",
+            "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest, which has 16 "
+            "features, on a GPU 32",
         ),
         "channels": (
             ", ".join(_treatment(channel) for channel in plan.channels),
@@ -175,7 +175,10 @@ def _median_box(cases: Sequence[CaseFacts]) -> float:
 
 def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers, *, crop: bool = False) -> Triple:
     """Return the median shape of the cases, or of the boxes they are cropped to, in voxels of `spacing_mm`. Rule-based."""
-    extents = [np.asarray(case.box if crop else case.shape) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm) for case in cases]
+    extents = [
+        np.asarray(case.box if crop else case.shape) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm)
+        for case in cases
+    ]
     i, j, k = np.maximum(1, np.round(np.median(extents, axis=0))).astype(int).tolist()
     return i, j, k
 
