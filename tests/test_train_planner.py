@@ -27,9 +27,7 @@ NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
 
 
 def facts(spacing, shape, nonzero=1.0, box=None):
-    return CaseFacts(
-        name="x", shape=shape, spacing_mm=spacing, box=box or shape, nonzero=nonzero, label_voxels={1: 10}
-    )
+    return CaseFacts(name="x", shape=shape, spacing_mm=spacing, box=box or shape, nonzero=nonzero, label_voxels={1: 10})
 
 
 def fingerprint_of(cases, channel="MR"):
