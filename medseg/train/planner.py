@@ -174,7 +174,7 @@ def _median_box(cases: Sequence[CaseFacts]) -> float:
 
 
 def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers, *, crop: bool = False) -> Triple:
-    """Return the median shape of the cases, or of the boxes they are cropped to, in voxels of `spacing_mm`. Rule-based."""
+    """Return the median shape of the cases (or of the boxes they are cropped to) at `spacing_mm`. Rule-based."""
     extents = [
         np.asarray(case.box if crop else case.shape) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm)
         for case in cases
