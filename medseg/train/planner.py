@@ -109,8 +109,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         ),
         "network": (
             f"{len(plan.unet.strides)} resolutions, features {_joined(plan.unet.features)}, kernels {kernels}",
-            "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest, which has 16 "
-            "features, on a GPU 32",
+            "rule: an axis is halved to 4 voxels, unless it is twice as coarse as the finest; features by the device",
         ),
         "channels": (
             ", ".join(_treatment(channel) for channel in plan.channels),
