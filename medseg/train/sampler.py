@@ -153,8 +153,9 @@ def _cut(array: Chunks | NDArray[Any], start: NDArray[np.int_], stop: NDArray[np
     ahead, size = array.shape[:-3], np.asarray(array.shape[-3:])
     first, last = np.clip(start, 0, size), np.clip(stop, 0, size)
     result = np.zeros((*ahead, *(stop - start)), array.dtype)
-    inner = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
-    result[(..., *inner)] = array[(..., *(slice(a, b) for a, b in zip(first, last, strict=True)))]
+    inner = [slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True)]
+    outer = [slice(a, b) for a, b in zip(first, last, strict=True)]
+    result[..., inner[0], inner[1], inner[2]] = array[..., outer[0], outer[1], outer[2]]
     return result
 
 
