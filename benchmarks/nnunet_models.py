@@ -32,6 +32,15 @@ PEER = HERE / "peer_nnunet_models.py"
 
 
 @dataclass(frozen=True)
+class Own:
+    """What medseg makes of a scan: the prepared image (C, I, J, K), logits on its grid, and labels on the scan's."""
+
+    prepared: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Bench:
     """Where things are: real scans, working files, results, nnU-Net's interpreter; and how long models are trained."""
 
@@ -40,6 +49,7 @@ class Bench:
     results: Path
     python: Path
     epochs: int
+    scans: int
 
     def run(self, *arguments: object) -> None:
         """Run the peer's script."""
@@ -58,6 +68,9 @@ class Bench:
                 self.made(KINDS[kind].base)
             shutil.rmtree(folder, ignore_errors=True)
             self.run("make", kind, self.realdata, self.work, self.epochs)
+        for label in sorted((folder / "labels").iterdir())[self.scans :]:
+            for file in (label, *(folder / "images").glob(f"{label.name.removesuffix('.nii.gz')}_*")):
+                file.unlink()
         shutil.rmtree(folder / "medseg", ignore_errors=True)
         with warnings.catch_warnings(action="ignore"):
             configuration = CASCADE if KINDS[kind].cascade else None
@@ -70,12 +83,16 @@ def compare(bench: Bench, kind: str) -> dict[str, Any]:
     folder = bench.made(kind)
     mirror = ["mirror"] if len(KINDS[kind].folds) > 1 else []
     result: dict[str, Any] = {"kind": kind, "epochs": bench.epochs}
+    model = Model.load(folder / "medseg", device="cpu", runtime="torch")
+    own: dict[str, Own] = {}
     for accumulate in ("float32", "float16"):
         out = folder / accumulate
         bench.run("predict", folder / "model", folder / "images", out, accumulate, *mirror)
-        model = Model.load(folder / "medseg", device="cpu", runtime="torch")
-        files = sorted(out.glob("*.npz"))
-        cases = [_compare_case(model, folder, file, mirror=bool(mirror)) for file in files]
+        cases = []
+        for file in sorted(out.glob("*.npz")):
+            if file.stem not in own:
+                own[file.stem] = _run_own(model, folder, file.stem, mirror=bool(mirror))
+            cases.append(_compare_case(own[file.stem], folder, file))
         result[accumulate] = {key: max(case[key] for case in cases) for key in cases[0] if key.startswith("error")}
         result[accumulate] |= _labels(cases)
     if bench.epochs:
@@ -83,26 +100,28 @@ def compare(bench: Bench, kind: str) -> dict[str, Any]:
     return result
 
 
-def _compare_case(model: Model, folder: Path, file: Path, *, mirror: bool) -> dict[str, Any]:
-    peer = np.load(file)
-    name = file.name.removesuffix(".npz")
+def _run_own(model: Model, folder: Path, name: str, *, mirror: bool) -> Own:
     channels = sorted((folder / "images").glob(f"{name}_*.nii.gz"))
     image = load(tuple(channels) if len(channels) > 1 else channels[0])
     part = image.cropped(*nonzero_box(image))
     prepared = prepare(part, model.plan)
     if model.previous:
         prepared = with_labels(prepared, model.previous.segment(part, mirror=mirror), model.plan)
+    logits = model.logits(prepared, mirror=mirror).numpy()
+    return Own(prepared.array, logits, model.segment(image, mirror=mirror).array[0])
+
+
+def _compare_case(own: Own, folder: Path, file: Path) -> dict[str, Any]:
+    peer, name, labels = np.load(file), file.stem, own.labels
     axes = [0, *(1 + list(peer["transpose"]).index(2 - axis) for axis in range(3))]
     data, logits = peer["data"].transpose(axes), peer["logits"].transpose(axes)
-    own = model.logits(prepared, mirror=mirror).numpy()
-    difference = np.abs(own - logits) / np.abs(logits).max()
-    labels = model.segment(image, mirror=mirror).array[0]
+    difference = np.abs(own.logits - logits) / np.abs(logits).max()
     theirs = np.asarray(nibabel.load(file.with_name(f"{name}.nii.gz")).dataobj)
     truth = np.asarray(nibabel.load(folder / "labels" / f"{name}.nii.gz").dataobj)
     wrong = labels != theirs
     step = np.spacing(peer["largest"].astype(np.float16)).astype(np.float32)
     return {
-        "error_prepared": float(np.abs(prepared.array - data).max() / np.abs(data).max()),
+        "error_prepared": float(np.abs(own.prepared - data).max() / np.abs(data).max()),
         "error_logits": float(difference.max()),
         "error_logits_99th_percentile": float(np.quantile(difference, 0.99)),
         "error_logits_median": float(np.median(difference)),
@@ -197,8 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "nnunet")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--epochs", type=int, default=0, help="of 50 steps each; 0 leaves weights random")
+    parser.add_argument("--scans", type=int, default=8, help="not seen in training, at most")
     chosen = parser.parse_args(arguments)
-    bench = Bench(chosen.realdata, chosen.work, chosen.results, chosen.nnunet, chosen.epochs)
+    bench = Bench(chosen.realdata, chosen.work, chosen.results, chosen.nnunet, chosen.epochs, chosen.scans)
     chosen.results.mkdir(parents=True, exist_ok=True)
     for kind in chosen.kinds.split(","):
         file = chosen.results / f"{kind}_{'trained' if chosen.epochs else 'random'}.json"

@@ -91,18 +91,27 @@ def _trainer(fold: int) -> Any:
 
 
 def train(work: Path, fold: int, iterations: int) -> None:
-    """Train one fold; when each step began and ended goes to WORK/times.json."""
+    """Train one fold, or go on after its last whole epoch; when each step began and ended goes to WORK/times.json."""
     import torch  # noqa: PLC0415 - the peer's environment only
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # all cores, as its command line does for a CPU
     trainer = _trainer(fold)
     trainer.num_epochs = max(1, round(iterations / 250))
     trainer.num_iterations_per_epoch = round(iterations / trainer.num_epochs)
+    trainer.save_every = 1
+    latest, file = Path(trainer.output_folder) / "checkpoint_latest.pth", work / "times.json"
     times: list[tuple[float, float]] = []
-    step = trainer.train_step
-    trainer.train_step = lambda batch: _timed(step, batch, times)
+    if latest.exists():
+        trainer.load_checkpoint(str(latest))
+        times = json.loads(file.read_text(encoding="utf-8"))
+    step, end = trainer.train_step, trainer.on_epoch_end
+
+    def end_epoch() -> None:
+        file.write_text(json.dumps(times), encoding="utf-8")
+        end()
+
+    trainer.train_step, trainer.on_epoch_end = lambda batch: _timed(step, batch, times), end_epoch
     trainer.run_training()
-    (work / "times.json").write_text(json.dumps(times), encoding="utf-8")
 
 
 def _timed(step: Callable[[Any], Any], batch: Any, times: list[tuple[float, float]]) -> Any:

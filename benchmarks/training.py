@@ -30,6 +30,9 @@ FOLDERS = {"hippocampus": "hippocampus_mr", "head_neck": "head_neck_ct"}
 PATCHES = {"hippocampus": "own", "head_neck": "64,64,48"}
 """nnU-Net's own patch, or the largest that lets it take some hundred steps in half an hour on two cores."""
 
+ABSENT = "medseg_absent"
+"""medseg that takes organs that were not drawn for absent ones, as tools do that know of no others."""
+
 INTERVAL_S, LIMIT_GB = 1.0, 20
 RESAMPLES = 10_000
 
@@ -67,28 +70,38 @@ class Bench:
         """Return the result of a run, from its file or by running it."""
         file = self.results / f"{run.name}.json"
         if not file.exists():
-            found = medseg_run(self, run) if run.system == "medseg" else nnunet_run(self, run)
+            found = nnunet_run(self, run) if run.system == "nnunet" else medseg_run(self, run)
             file.write_text(json.dumps({"run": asdict(run)} | found, indent=1) + "\n", encoding="utf-8")
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return content
 
 
 def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
-    """Train, as a command from a cold start; the model validates itself."""
-    folder = bench.work / run.name
+    """Train, as a command from a cold start; the model validates itself.
+
+    The system ABSENT is medseg that is not told which organs were not drawn; what is scored is the same.
+    """
+    folder, dataset = bench.work / run.name, bench.data(run)
+    if run.system == ABSENT:
+        dataset = _without_cases_json(dataset, bench.work / f"{dataset.name}_{ABSENT}")
     if not (folder / "train.json").exists():
         folder.mkdir(parents=True)
         TrainSettings(seed=run.seed).save(folder / "train.json")
-    command = [sys.executable, "-m", "medseg", "train", str(bench.data(run)), str(folder)]
+    command = [sys.executable, "-m", "medseg", "train", str(dataset), str(folder)]
     measured = run_measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
-    scores = json.loads((folder / f"fold_{run.fold}.scores.json").read_text(encoding="utf-8"))
-    cases = {
-        case["case"]: {label["name"]: label["dice"] for label in case["labels"] if label["dice"] is not None}
-        for case in scores["cases"]
-    }
+    _, validation = read_dataset(bench.data(run)).fold(run.fold, 5)
+    cases = _scored(validation, folder / "validation" / f"fold_{run.fold}", bench.data(run))
     history = (folder / f"fold_{run.fold}.history.csv").read_text(encoding="utf-8").splitlines()
     last = dict(zip(history[0].split(","), history[-1].split(","), strict=True))
     return asdict(measured) | {"steps_per_s": float(last["steps_per_s"]), "cases": cases}
+
+
+def _without_cases_json(dataset: Path, copy: Path) -> Path:
+    copy.mkdir(parents=True, exist_ok=True)
+    for part in dataset.iterdir():
+        if part.name != "cases.json" and not (copy / part.name).exists():
+            (copy / part.name).symlink_to(part.resolve())
+    return copy
 
 
 def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
@@ -117,6 +130,7 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
 
 
 def run_measured(command: list[str], log: Path) -> Measurement:
+    """Return the measurement of a command; leave with its log's name where it fails."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     measured = measure(command, log, LIMIT_GB, HERE, environment, INTERVAL_S)
     if measured.status != "done":
@@ -160,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--budgets", default="20m", help="of medseg: 20m,60m; `equal` is the time that nnU-Net took")
     parser.add_argument("--seeds", default="12345")
+    parser.add_argument("--system", choices=("medseg", ABSENT), default="medseg")
     parser.add_argument(
         "--nnunet", type=Path, help="the Python of nnU-Net's own environment; without it that peer is left out"
     )
@@ -173,10 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
         peer = bench.result(run)
         for key in ("cases", "cases_mirrored"):
             show(f"{run.name} {key}", peer[key])
-    for budget in chosen.budgets.split(","):
+    for budget in filter(None, chosen.budgets.split(",")):
         for seed in map(int, chosen.seeds.split(",")):
             seconds = f"{peer['seconds']:.0f}s" if peer and budget == "equal" else budget
-            run = Run(chosen.dataset, chosen.fold, "medseg", seconds, seed)
+            run = Run(chosen.dataset, chosen.fold, chosen.system, seconds, seed)
             found = bench.result(run)
             show(run.name, found["cases"])
             if peer:

@@ -21,16 +21,20 @@ def plan(
     dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
     model: Annotated[Path, typer.Argument(help="The model folder to make; a plan.json that is there is explained.")],
     start: Start = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Look at a dataset and decide how a model will be trained on it; print what was decided and why."""
+    from medseg.train.capacity import kept_capacity
     from medseg.train.fingerprint import Fingerprint
     from medseg.train.loop import plan_dataset
     from medseg.train.planner import explain
 
     with progress() as show:
-        _, made = plan_dataset(dataset, model, start=start, progress=lambda now: show(now.stage, now.done, ""))
-    rows = explain(Fingerprint.load(model / "fingerprint.json"), made)
+        _, made = plan_dataset(
+            dataset, model, start=start, device=device, progress=lambda now: show(now.stage, now.done, "")
+        )
+    rows = explain(Fingerprint.load(model / "fingerprint.json"), made, kept_capacity(model))
     if as_json:
         print_json(rows)
     else:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -249,10 +250,34 @@ def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, 
 
 
 def test_a_prepared_file_that_was_cut_short_is_made_again(balls, plan, tmp_path):
-    whole = prepare_cases(balls.cases[:1], plan, tmp_path)[0].image.copy()
-    image = next(tmp_path.glob("*.image.npy"))
+    whole = prepare_cases(balls.cases[:1], plan, tmp_path)[0].image[:]
+    image = next(tmp_path.glob("*.image.b2nd"))
     image.write_bytes(image.read_bytes()[:-100])
-    np.testing.assert_array_equal(prepare_cases(balls.cases[:1], plan, tmp_path)[0].image, whole)
+    np.testing.assert_array_equal(prepare_cases(balls.cases[:1], plan, tmp_path)[0].image[:], whole)
+
+
+def test_a_prepared_file_that_would_compute_something_is_made_again_and_computes_nothing(balls, plan, tmp_path):
+    whole = prepare_cases(balls.cases[:1], plan, tmp_path)[0].target[:]
+    target = next(tmp_path.glob("*.target.b2nd"))
+    for name in "ab":
+        blosc2.zeros(whole.shape, urlpath=str(tmp_path / f"{name}.b2nd"), mode="w")
+    a, b = (blosc2.open(str(tmp_path / f"{name}.b2nd")) for name in "ab")
+    (a + b).save(urlpath=str(target), mode="w")
+    assert isinstance(blosc2.open(str(target), deserialize="full"), blosc2.LazyArray)
+    np.testing.assert_array_equal(prepare_cases(balls.cases[:1], plan, tmp_path)[0].target[:], whole)
+    blosc2.SChunk(data=bytes(100), urlpath=str(target), mode="w")  # no array
+    np.testing.assert_array_equal(prepare_cases(balls.cases[:1], plan, tmp_path)[0].target[:], whole)
+
+
+def test_a_patch_is_read_alike_from_chunks_and_from_memory(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CHUNKS", 9)
+    monkeypatch.setattr(cache, "BLOCKS", 4)
+    kept = prepare_cases(balls.cases[:2], plan, tmp_path)
+    assert blosc2.open(str(kept[0].image.file)).chunks == (1, 9, 9, 9)
+    memory = [dataclasses.replace(case, image=case.image[:], target=case.target[:]) for case in kept]
+    for step in range(5):
+        for a, b in zip(*(Sampler(cases, plan, 7, 0.5).patch(step, 0) for cases in (kept, memory)), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_case_that_cannot_be_prepared_is_named(balls, plan, tmp_path, monkeypatch):
@@ -282,7 +307,7 @@ def test_an_organ_that_was_not_drawn_is_never_asked_for(balls, plan, tmp_path):
     case = dataclasses.replace(balls.cases[0], undrawn=frozenset({1}))
     prepared = prepare_cases([case], plan, tmp_path)[0]
     assert prepared.places == {}
-    assert not prepared.target.any()  # though the file has it: it is not known there
+    assert not prepared.target[:].any()  # though the file has it: it is not known there
     assert prepared.known.tolist() == [True, False]
 
 

@@ -13,7 +13,7 @@ from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
 from medseg.train.planner import (
-    PATCH_VOXELS,
+    FIXED,
     explain,
     first_patch,
     make_plan,
@@ -89,14 +89,14 @@ def test_every_plan_is_valid_and_its_patch_within_bounds(shape, spacing):
     divisor = np.array(plan.network.divisor)
     assert (np.array(plan.patch) % divisor == 0).all()
     assert (np.array(plan.patch) < np.array(shape) + divisor).all()
-    assert np.prod(np.array(plan.patch) - divisor + 1) <= PATCH_VOXELS
+    assert np.prod(np.array(plan.patch) - divisor + 1) <= FIXED.voxels
     assert len(plan.network.strides) >= 3
 
 
 def test_a_patch_sees_as_far_along_every_axis_in_mm():
-    edges = np.array(first_patch((500, 500, 500), (0.5, 1, 2))) * (0.5, 1, 2)
+    edges = np.array(first_patch((500, 500, 500), (0.5, 1, 2), 2**18)) * (0.5, 1, 2)
     assert np.ptp(edges) < 2.1  # within one voxel of the coarsest axis
-    assert first_patch((10, 500, 500), (1, 1, 1))[0] == 10
+    assert first_patch((10, 500, 500), (1, 1, 1), 2**18)[0] == 10
 
 
 def test_spacing_is_the_median_and_for_very_thick_slices_a_finer_one():

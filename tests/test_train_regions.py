@@ -72,7 +72,7 @@ def test_regions_are_trained_stored_and_segmented_like_imported_ones(shells, tmp
 def test_what_is_ignored_is_neither_learned_nor_scored_and_patches_lie_elsewhere(half_seen, tmp_path):
     plan = small_plan(half_seen).model_copy(update={"patch": (8, 8, 8), "mirror_axes": ()})
     prepared = prepare_cases(half_seen.cases, plan, tmp_path / "cache")
-    assert all((case.target == IGNORED).any() and 0 in case.places for case in prepared)
+    assert all((case.target[:] == IGNORED).any() and 0 in case.places for case in prepared)
     for step in range(30):  # no patch is drawn at random alone
         _, target, *_ = Sampler(prepared, plan, 1, 0.0).patch(step, 0)
         assert (target != IGNORED).any()

@@ -55,7 +55,7 @@ def test_a_probe_sees_what_was_found_and_leaves_out_what_is_not_known(tmp_path, 
     dataset = read_dataset(make_shells(tmp_path / "shells", regions=regions, ignore=7, cases=3))
     plan = small_plan(dataset)
     cases = prepare_cases(dataset.cases, plan, tmp_path / "cache")
-    told = [dataclasses.replace(case, image=case.target[None].astype(np.float32)) for case in cases]
+    told = [dataclasses.replace(case, image=case.target[:][None].astype(np.float32)) for case in cases]
     names = {"dice_ball", "dice_core"} if regions else {"dice_shell", "dice_core"}
     probe = Probe(told, plan, FAST)
     seen = probe(Told(plan.outputs, regions=regions))

@@ -1,4 +1,4 @@
-"""Cases as the network sees them, prepared once and read back as memory maps."""
+"""Cases as the network sees them, prepared once and kept as compressed chunks, of which a patch unpacks its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,15 +30,48 @@ from medseg.train.parallel import Progress, side_by_side
 PLACES_PER_CLASS = 10_000
 """Labelled voxels of each class that a case remembers, to center patches on."""
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when prepared cases mean something else than before; older ones are made again."""
 
-PARTS = ("image", "target", "places")
+CHUNKS, BLOCKS = 96, 32
+"""Voxels along an edge of what is written, and of what is unpacked, as a whole; blocks fit into a core's own cache."""
+
+PACKING = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
+"""Fast to unpack (benchmarks/cache_formats.py); cases are packed side by side."""
+
+FILES = {"image": "image.b2nd", "target": "target.b2nd", "places": "places.npy"}
 
 PREPARING = {
     "channels", "labels", "regions", "orientation", "spacing_mm", "resampling", "normalize_first", "crop_nonzero",
 }  # fmt: skip
 """The fields of a plan that decide what a prepared case is."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """An array in a file, of which slices of each axis are read into memory as of numpy's arrays.
+
+    The file is open only then: thousands of cases have more files than a process may have open.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, file: Path) -> Chunks:
+        """Return the array in a file. Raises RuntimeError or ValueError for a file that is none of its kind."""
+        array = _open(file)
+        return cls(file, array.shape, array.dtype)
+
+    def __getitem__(self, slices: Any) -> NDArray[Any]:
+        part: NDArray[Any] = _open(self.file)[slices]
+        return part
+
+
+def _open(file: Path) -> blosc2.NDArray:
+    # Safe: nothing in a file makes objects, runs expressions or leads to another file.
+    return blosc2.open(str(file), mmap_mode="r", dparams={"nthreads": 1}, deserialize="safe")
 
 
 @dataclass(frozen=True)
@@ -50,8 +84,8 @@ class Prepared:
     """
 
     name: str
-    image: NDArray[np.float32]
-    target: NDArray[np.integer]
+    image: Chunks | NDArray[np.float32]
+    target: Chunks | NDArray[np.integer]
     places: dict[int, NDArray[np.int32]]
     known: NDArray[np.bool_]
 
@@ -76,7 +110,7 @@ def prepare_cases(
 def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepared:
     try:
         files = _files(case, plan, folder, hashes)
-        image, target, places = _mapped(files) or _written(files, _arrays(case, plan))
+        image, target, places = _opened(files) or _written(files, _arrays(case, plan))
     except OutputError:
         raise  # a full disk is no fault of the case
     except MedsegError as error:
@@ -101,19 +135,32 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
     )
 
 
-def _mapped(files: dict[str, Path]) -> list[NDArray[Any]] | None:
-    """Return the arrays in files as memory maps; None where one is not there, or was cut short."""
+def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, NDArray[np.int32]] | None:
+    """Return the arrays in files; None where one is not there, was cut short or is something else."""
     try:
-        return [np.load(files[part], mmap_mode="r") for part in PARTS]
-    except (OSError, ValueError, EOFError):
-        return None
+        image, target = (Chunks.of(files[part]) for part in ("image", "target"))
+        places = np.load(files["places"], mmap_mode="r")
+    except (OSError, ValueError, EOFError, RuntimeError, AttributeError):
+        return None  # the last two for what is no file of blosc2's, or one of its but no array
+    return (image, target, places) if image.shape[1:] == target.shape else None
 
 
-def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    for part, array in arrays.items():
-        with written_whole(files[part]) as beside, beside.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-    return [np.load(files[part], mmap_mode="r") for part in PARTS]
+def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, NDArray[np.int32]]:
+    for part in ("image", "target"):
+        array = np.ascontiguousarray(arrays[part])
+        chunks, blocks = (_edges(array.shape, longest) for longest in (CHUNKS, BLOCKS))
+        packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=PACKING)
+        with written_whole(files[part]) as beside:
+            beside.write_bytes(packed.to_cframe())
+    with written_whole(files["places"]) as beside, beside.open("wb") as stream:
+        np.save(stream, arrays["places"], allow_pickle=False)
+    image, target = (Chunks.of(files[part]) for part in ("image", "target"))
+    return image, target, np.load(files["places"], mmap_mode="r")
+
+
+def _edges(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
+    """Return edges of a part of an array, its channels apart."""
+    return *(1 for _ in shape[:-3]), *(min(edge, longest) for edge in shape[-3:])
 
 
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
@@ -164,4 +211,4 @@ def _files(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> dict[str
     content = [hashes.of(file) for _, file in case.files]
     facts = json.dumps([FORMAT, steps, content, sorted(case.undrawn), case.ignore], sort_keys=True)
     stem = hashlib.sha256(facts.encode()).hexdigest()[:24]
-    return {part: folder / f"{stem}.{part}.npy" for part in PARTS}
+    return {part: folder / f"{stem}.{ending}" for part, ending in FILES.items()}

@@ -8,12 +8,15 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from medseg.errors import ModelError, OutputError
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
 from medseg.model.weights import find_model
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
+from medseg.train.capacity import find_capacity, kept_capacity
 from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
 from medseg.train.fingerprint import Fingerprint, fingerprint
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
@@ -50,14 +53,12 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
-    settings_file = where / "train.json"
     Budget.parse(budget)  # a word that means nothing is found before hours of looking and preparing
     with joined() as ranks:
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
-            cases, plan = plan_dataset(dataset, where, start=start, progress=progress)
-        settings = TrainSettings.load(settings_file) if settings_file.is_file() else TrainSettings()
-        settings = settings.model_copy(update={"folds": folds})
+            cases, plan = plan_dataset(dataset, where, start=start, device=device, progress=progress)
+        settings = _kept_settings(where).model_copy(update={"folds": folds})
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
         for one in range(folds) if fold is None else (fold,):
             model = train(fold=one, tensorboard=tensorboard, progress=progress)
@@ -75,11 +76,13 @@ def plan_dataset(
     folder: str | PathLike[str],
     *,
     start: str | PathLike[str] | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Dataset, Plan]:
     """Return a dataset and the plan of a model folder, which is made, with fingerprint.json, where it is not there.
 
     All cases are read and checked, unless fingerprint.json knows just these and none of their files is newer.
+    The plan is made for a device, by default the fastest; what was found out about it is kept in capacity.json.
     With `start` it is the plan of that model with the labels of the dataset.
     Raises what `read_dataset`, `fingerprint` and `plan_from` raise.
     """
@@ -91,9 +94,23 @@ def plan_dataset(
         _make_folder(where)
         facts.save(checked)
     if not (where / "plan.json").is_file():
-        plan = make_plan(Fingerprint.load(checked)) if start is None else plan_from(start, cases)
+        plan = _planned(where, pick_device(device)) if start is None else plan_from(start, cases)
         plan.save(where / "plan.json")
     return cases, Plan.load(where / "plan.json")
+
+
+def _planned(where: Path, device: torch.device) -> Plan:
+    """Return the plan for a fingerprint and a device; its capacity is found, unless capacity.json is of such a one."""
+    facts, capacity = Fingerprint.load(where / "fingerprint.json"), kept_capacity(where)
+    if capacity.device != device.type:
+        capacity = find_capacity(facts, device, _kept_settings(where).batch)
+        capacity.save(where / "capacity.json")
+    return make_plan(facts, capacity)
+
+
+def _kept_settings(where: Path) -> TrainSettings:
+    file = where / "train.json"
+    return TrainSettings.load(file) if file.is_file() else TrainSettings()
 
 
 def _is_checked(cases: Dataset, checked: Path) -> bool:

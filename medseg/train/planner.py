@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from medseg.labels import Label
-from medseg.model.plan import Channel, Network, Plan, Triple
+from medseg.model.plan import Channel, Count, Network, Plan, Triple
+from medseg.model.stored import Stored
 from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset_json import members_of
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
@@ -25,24 +26,48 @@ SMALLEST_MAP = 4
 BOX_SHARE = 0.75
 """Share of an image from which on cropping to the box around what is not 0 is not worth it."""
 
-PATCH_VOXELS = 2**17
-"""Voxels of a patch at most, 64 x 64 x 32: what two cores train on at about one step a second."""
-
-FIRST_FEATURES, MOST_FEATURES = 16, 256
+MOST_FEATURES = 256
 
 Numbers = tuple[float, float, float]
 
 
-def make_plan(fingerprint: Fingerprint) -> Plan:
-    """Return the plan for a dataset: spacing, patch, network and normalization, each by its rule."""
+class Capacity(Stored):
+    """What a kind of device can train on: voxels of a patch at most, features at the finest resolution, and why.
+
+    The default is fixed and for any device; `train.capacity` finds that of the device at hand, by `memory_gb` or by
+    `voxels_per_s`, which were measured.
+    """
+
+    what = "capacity"
+
+    device: str = "any"
+    voxels: Count = 2**17
+    features: Count = 16
+    memory_gb: float | None = None
+    voxels_per_s: float | None = None
+
+    @property
+    def why(self) -> str:
+        """What the device is and has, in words."""
+        if self.voxels_per_s is not None:
+            return f"{self.device}, measured to train on {self.voxels_per_s:,.0f} voxels a second"
+        return f"{self.device} of {self.memory_gb:.1f} GB" if self.memory_gb is not None else f"{self.device} device"
+
+
+FIXED = Capacity()
+"""Patches of 64 x 64 x 32 voxels and 16 features: what two cores train on at about one step a second."""
+
+
+def make_plan(fingerprint: Fingerprint, capacity: Capacity = FIXED) -> Plan:
+    """Return the plan for a dataset and a device: spacing, patch, network and normalization, each by its rule."""
     spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
     crop = crops_nonzero(fingerprint.cases)
     shape = median_shape(fingerprint.cases, spacing, crop=crop)
-    widest = first_patch(shape, spacing)
+    widest = first_patch(shape, spacing, capacity.voxels)
     kernels, strides = topology(widest, spacing)
     patch = divisible_patch(widest, _triple(np.prod(strides, axis=0).tolist()))
     nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
-    features = tuple(min(MOST_FEATURES, FIRST_FEATURES * 2**level) for level in range(len(strides)))
+    features = tuple(min(MOST_FEATURES, capacity.features * 2**level) for level in range(len(strides)))
     return Plan(
         name=fingerprint.name,
         channels=tuple(
@@ -59,10 +84,10 @@ def make_plan(fingerprint: Fingerprint) -> Plan:
     )
 
 
-def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
+def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) -> list[dict[str, str]]:
     """Return a row for each decision of a plan: what it is, what was decided, and what in the dataset speaks for it.
 
-    A value that is not what `make_plan` decides is said to be the user's.
+    A value that is not what `make_plan` decides with this capacity is said to be the user's.
     """
     spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
     shape = median_shape(fingerprint.cases, plan.spacing_mm, crop=plan.crop_nonzero)
@@ -80,11 +105,11 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
         ),
         "patch": (
             _joined(plan.patch),
-            f"rule: the median case, {_joined(shape)}, within {PATCH_VOXELS} voxels",
+            f"rule: the median case, {_joined(shape)}, within {capacity.voxels} voxels for {capacity.why}",
         ),
         "network": (
             f"{len(plan.unet.strides)} resolutions, features {_joined(plan.unet.features)}, kernels {kernels}",
-            "rule: an axis is halved while it keeps 4 voxels and is not yet twice as coarse as the finest",
+            "rule: an axis is halved to 4 voxels, unless it is twice as coarse as the finest; features by the device",
         ),
         "channels": (
             ", ".join(_treatment(channel) for channel in plan.channels),
@@ -93,7 +118,7 @@ def explain(fingerprint: Fingerprint, plan: Plan) -> list[dict[str, str]]:
         "mirror_axes": (_joined(plan.mirror_axes) or "none", "empirical: left-right, unless a label has a side"),
         "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
     }
-    own = make_plan(fingerprint)
+    own = make_plan(fingerprint, capacity)
     changed = {field for field in reasons if getattr(plan, field) != getattr(own, field)}
     return [
         {"decision": field, "value": value, "why": "yours, or of the model to begin with" if field in changed else why}
@@ -157,8 +182,8 @@ def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers, *, crop: bool 
     return i, j, k
 
 
-def first_patch(shape: Triple, spacing_mm: Numbers) -> Triple:
-    """Return the largest patch that is as wide in mm along every axis, fits the median case and PATCH_VOXELS.
+def first_patch(shape: Triple, spacing_mm: Numbers, voxels: int) -> Triple:
+    """Return the largest patch that is as wide in mm along every axis, fits the median case and so many voxels.
 
     Rule-based (nnU-Net, supplementary note 2): an even view in mm; an axis that the case ends sooner leaves room to
     the others.
@@ -169,7 +194,7 @@ def first_patch(shape: Triple, spacing_mm: Numbers) -> Triple:
     low, high = 0.0, float((edges / per_mm).max())
     for _ in range(50):
         width = (low + high) / 2
-        if np.prod(np.minimum(edges, width * per_mm)) > PATCH_VOXELS:
+        if np.prod(np.minimum(edges, width * per_mm)) > voxels:
             high = width
         else:
             low = width

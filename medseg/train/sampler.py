@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import grid_sample
 
 from medseg.errors import DatasetError
 from medseg.model.plan import Plan
-from medseg.train.cache import Prepared
+from medseg.train.cache import Chunks, Prepared
 from medseg.train.dataset_json import values_of
 from medseg.train.loss import IGNORED
 
@@ -96,7 +96,7 @@ class Sampler:
         start = np.floor(center).astype(int) - reach
         stop = np.ceil(center).astype(int) + reach + 1
         image = torch.from_numpy(_cut(case.image, start, stop))
-        target = torch.from_numpy(_cut(case.target[None], start, stop).astype(np.float32))
+        target = torch.from_numpy(_cut(case.target, start, stop).astype(np.float32)[None])
         grid = _sampling_grid(matrix, center - start, patch, stop - start)
         image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
         target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
@@ -148,13 +148,14 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
     return matrix
 
 
-def _cut(array: NDArray[np.generic], start: NDArray[np.int_], stop: NDArray[np.int_]) -> NDArray[np.generic]:
-    """Return (C, I, J, K) from start to stop, 0 where that leaves the array."""
-    size = np.asarray(array.shape[1:])
+def _cut(array: Chunks | NDArray[Any], start: NDArray[np.int_], stop: NDArray[np.int_]) -> NDArray[Any]:
+    """Return (..., I, J, K) from start to stop along the last three axes, 0 where that leaves the array."""
+    ahead, size = array.shape[:-3], np.asarray(array.shape[-3:])
     first, last = np.clip(start, 0, size), np.clip(stop, 0, size)
-    result = np.zeros((len(array), *(stop - start)), array.dtype)
-    inner = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
-    result[(slice(None), *inner)] = array[(slice(None), *(slice(a, b) for a, b in zip(first, last, strict=True)))]
+    result = np.zeros((*ahead, *(stop - start)), array.dtype)
+    inner = [slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True)]
+    outer = [slice(a, b) for a, b in zip(first, last, strict=True)]
+    result[..., inner[0], inner[1], inner[2]] = array[..., outer[0], outer[1], outer[2]]
     return result
 
 
