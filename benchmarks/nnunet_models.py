@@ -87,6 +87,7 @@ def compare(bench: Bench, kind: str) -> dict[str, Any]:
     own: dict[str, Own] = {}
     for accumulate in ("float32", "float16"):
         out = folder / accumulate
+        shutil.rmtree(out, ignore_errors=True)
         bench.run("predict", folder / "model", folder / "images", out, accumulate, *mirror)
         cases = []
         for file in sorted(out.glob("*.npz")):
@@ -106,7 +107,7 @@ def _run_own(model: Model, folder: Path, name: str, *, mirror: bool) -> Own:
     part = image.cropped(*nonzero_box(image))
     prepared = prepare(part, model.plan)
     if model.previous:
-        prepared = with_labels(prepared, model.previous.segment(part, mirror=mirror), model.plan)
+        prepared = with_labels(prepared, model.previous.segment(part, mirror=mirror), part, model.plan)
     logits = model.logits(prepared, mirror=mirror).numpy()
     return Own(prepared.array, logits, model.segment(image, mirror=mirror).array[0])
 

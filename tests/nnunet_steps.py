@@ -44,10 +44,13 @@ def segment(
     shape = [round(a / b * n) for a, b, n in zip(spacing, target, image.shape[1:], strict=True)]
     prepared = _resized(normalized, shape, spacing, target, 3)
     if before is not None:
-        values = np.zeros(shape, int)
-        for value in (0, 1, 2):
-            share = (before.transpose(transpose)[box] == value)[None].astype(float)
-            values[_resized(share, shape, spacing, target, 1)[0] >= 0.5] = value
+        labels = before.transpose(transpose)[box]
+        marked = np.where(filled | (labels > 0), labels, -1).astype(float)
+        steps = (shape, spacing, target)
+        shares = np.asarray([_resized((marked == value)[None] * 1.0, *steps, 1)[0] for value in (-1, 0, 1, 2)])
+        near = _resized(marked[None], *steps, 0)[0].astype(int)
+        tied = np.take_along_axis(shares, near[None] + 1, 0)[0] == shares.max(axis=0)
+        values = np.where(tied, near, shares.argmax(axis=0) - 1)
         prepared = np.concatenate([prepared, [values == 1, values == 2]])
     logits = _slid(prepared, network, configuration["patch_size"], mirror)
     scores = _resized(logits, image.shape[1:], target, spacing, 1)

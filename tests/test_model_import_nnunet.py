@@ -115,7 +115,7 @@ def test_a_cascade_runs_both_stages_as_nnunet_does(tmp_path):
         torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
     import_model(tmp_path, tmp_path / "model", configuration="3d_fullres")
     assert (tmp_path / "model/previous/MODEL_CARD.md").is_file()
-    spacing = (5.0, 1.27, 0.97)  # whether exactly half of a voxel is half is left to rounding, so there are none
+    spacing = (5.0, 1.27, 0.97)
     image = ndimage.gaussian_filter(np.random.default_rng(4).normal(100, 300, (9, 25, 22)), 1)[None].astype(np.float32)
     first = {"transpose_forward": [0, 1, 2], "configurations": {"3d_fullres": plan["configurations"]["3d_lowres"]}}
     before = nnunet_steps.segment(image, spacing, run_of(states["3d_lowres"]), first)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from medseg.errors import InputError
 from medseg.process.resample import AxisPositions, resample
-from medseg.process.resize import nearest, resize, separate_axis
+from medseg.process.resize import nearest, resize, resize_labels, separate_axis
 from medseg.volume import Grid, Volume
 
 
@@ -105,3 +105,45 @@ def test_infinite_voxels_are_refused():
     volume.array[0, 0, 0, 0] = np.inf
     with pytest.raises(InputError, match="NaN or infinite"):
         resize(volume, volume.grid.with_spacing((0.7, 1, 1)), order=3, separate=None)
+
+
+def blocks(row: list[int]) -> Volume:
+    """Return a label map that changes along the first axis alone."""
+    array = np.tile(np.array(row, np.uint8)[:, None, None], (1, 3, 2))
+    return Volume(array[None], Grid(array.shape, np.eye(4)))
+
+
+def test_of_equal_shares_the_label_of_the_nearest_voxel_wins():
+    # Two voxels make three: the middle one lies on the border, where scipy's nearest is the upper voxel.
+    for row in ([1, 2], [2, 1]):
+        labels = blocks(row)
+        found = resize_labels(labels, labels.grid.with_spacing((2 / 3, 1, 1)), separate=None).array[0, :, 0, 0]
+        middle = ndimage.zoom(np.array(row), 1.5, order=0, mode="nearest", grid_mode=True)[1]
+        assert found.tolist() == [row[0], middle, row[1]]
+
+
+def test_the_largest_share_wins_though_it_is_below_one_half():
+    array = np.zeros((2, 2, 2), np.uint8)
+    array[0] = [[3, 3], [1, 2]]
+    array[1] = [[3, 4], [5, 6]]
+    labels = Volume(array[None], Grid((2, 2, 2), np.eye(4)))
+    found = resize_labels(labels, labels.grid.with_spacing((2, 2, 2)), separate=None)
+    assert found.array.tolist() == [[[[3]]]]  # three eighths, the others one each
+    assert found.array.dtype == np.uint8
+
+
+def test_labels_of_a_flipped_grid_are_the_same_labels_in_the_world():
+    array = np.random.default_rng(8).integers(0, 4, (7, 9, 6)).astype(np.int16)
+    labels = Volume(array[None], Grid((7, 9, 6), np.diag([1.0, 1.1, 3.0, 1.0])))
+    grid = labels.grid.with_spacing((0.8, 0.9, 1.7))
+    there = resize_labels(labels, grid, separate=2.5)
+    turned = resize_labels(labels, grid.reoriented("PLS"), separate=2.5)
+    back = resample(turned, grid, order=0)
+    assert (back.array != there.array).mean() < 0.02  # ties alone
+
+
+def test_a_coarse_axis_goes_to_the_nearest_label():
+    array = np.random.default_rng(8).integers(0, 3, (4, 5, 3)).astype(np.uint8)
+    labels = Volume(array[None], Grid((4, 5, 3), np.diag([1.0, 1.0, 5.0, 1.0])))
+    found = resize_labels(labels, labels.grid.with_spacing((1, 1, 2.5)), separate=3.0)
+    np.testing.assert_array_equal(found.array[0], array.repeat(2, axis=2))

@@ -11,8 +11,11 @@ from medseg.process.bias import correct_bias
 from medseg.process.corners import corner_grid
 from medseg.process.normalize import ZScore, normalize
 from medseg.process.resample import finite_float32, resample
-from medseg.process.resize import resize, separate_axis
+from medseg.process.resize import resize, resize_labels, separate_axis
 from medseg.volume import Grid, Volume
+
+OUTSIDE = -1
+"""Marks what is not body in a label map, as nnU-Net does."""
 
 
 def network_grid(grid: Grid, plan: Plan) -> Grid:
@@ -64,18 +67,17 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
     return resampled.with_array(normalize(finite_float32(resampled.array), schemes, mask))
 
 
-def with_labels(prepared: Volume, labels: Volume, plan: Plan) -> Volume:
+def with_labels(prepared: Volume, labels: Volume, image: Volume, plan: Plan) -> Volume:
     """Return a prepared image with one more channel for each label of the plan: 1 where `labels` has it, else 0.
 
-    `labels` (1, I, J, K) lies on the grid that the image came from. On the network's grid a voxel has the label that
-    fills half of it or more, the higher of two.
+    `labels` (1, I, J, K) lies on the grid of the `image` that was prepared. On the network's grid the label with the
+    largest share of a voxel wins; background and what lies outside the body (0 in every channel) count apart.
     """
     how = plan.resampling
-    values = np.zeros(prepared.grid.shape, labels.array.dtype)
-    for value in np.unique(labels.array):
-        mask = labels.with_array((labels.array == value).astype(np.float32))
-        share = resize(mask, prepared.grid, order=1, separate=how.separate if how else None)
-        values[share.array[0] >= 0.5] = value
+    body = ndimage.binary_fill_holes((image.array != 0).any(axis=0))
+    marked = np.where((labels.array == 0) & ~body, OUTSIDE, labels.array.astype(np.int32))
+    separate = how.separate if how else None
+    values = resize_labels(labels.with_array(marked), prepared.grid, separate=separate).array[0]
     channels = [values == label.value for label in plan.labels]
     return prepared.with_array(np.concatenate([prepared.array, np.asarray(channels, np.float32)]))
 

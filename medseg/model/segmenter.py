@@ -128,7 +128,7 @@ class Model:
             prepared = prepare(part, self.plan)
         if self.previous:
             before = self.previous.segment(part, step=step, mirror=mirror, reuse=reuse)
-            prepared = with_labels(prepared, before, self.plan)
+            prepared = with_labels(prepared, before, part, self.plan)
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from medseg.process.resample import (
     AxisPositions,
@@ -56,6 +57,41 @@ def resize(volume: Volume, grid: Grid, *, order: int, separate: float | None) ->
         _limit(result, picked, tuple(axis for axis in (1, 2, 3) if axis != alone + 1))
     settle_constants(array, result, axes)
     return Volume(result, grid)
+
+
+def resize_labels(labels: Volume, grid: Grid, *, separate: float | None) -> Volume:
+    """Return a label map (C = 1) sampled onto `grid` as in `resize`: the label with the largest linear share wins.
+
+    Of equal shares the one of the nearest voxel wins, or else the lower label. They are common (an edge of the source
+    in the middle of a voxel), and whether two are equal is a matter of rounding. So they are computed by the function
+    that scikit-image's `resize` calls, in float64 and with axes in the order (z, y, x): as batchgenerators 0.25.5 does.
+    """
+    axes = parallel_axes(labels.grid, grid)
+    if axes is None or all(axis.on_voxels for axis in axes):
+        return resample(labels, grid, order=0)
+    spacing = [labels.grid.spacing_mm[axis.source_axis] for axis in axes]
+    alone = separate_axis(spacing, grid.spacing_mm, separate)
+    array = labels.array[0].transpose([axis.source_axis for axis in axes])
+    array = array[tuple(slice(None, None, -1 if axis.step < 0 else 1) for axis in axes)]
+    if alone is not None:
+        way = nearest(axes[alone]).positions.astype(np.intp).clip(0, array.shape[alone] - 1)
+        array = array.take(way[::-1] if axes[alone].step < 0 else way, alone)
+    result = _largest_share(array.T, np.divide(grid.shape, array.shape)[::-1].tolist())
+    return Volume(result.T[None].astype(labels.array.dtype), grid)
+
+
+def _largest_share(array: NDArray[np.integer], ratios: Sequence[float]) -> NDArray[np.integer]:
+    closest = ndimage.zoom(array, ratios, order=0, mode="nearest", grid_mode=True)
+    best, own = np.zeros(closest.shape), np.zeros(closest.shape)
+    winner = closest.copy()
+    for value in np.unique(array):
+        share = ndimage.zoom((array == value).astype(np.float64), ratios, order=1, mode="nearest", grid_mode=True)
+        share = np.clip(share, 0, 1)
+        winner[share > best] = value
+        best = np.maximum(best, share)
+        own = np.where(closest == value, share, own)
+    settled: NDArray[np.integer] = np.where(own == best, closest, winner)
+    return settled
 
 
 def separate_axis(before_mm: Sequence[float], after_mm: Sequence[float], above: float | None) -> int | None:
