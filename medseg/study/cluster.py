@@ -14,12 +14,13 @@ how the cluster was set up:
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ class Cluster:
         self._asked = 0.0
         self._alone_since = time.monotonic()
         with ExitStack() as exits:
+            exits.enter_context(_quiet())
             if scheduler == "local":
                 scheduler = exits.enter_context(_local_cluster(workers, start.threads))
             self.client = exits.enter_context(_connected(scheduler))
@@ -266,6 +268,22 @@ def _local_cluster(workers: int, threads: int | None) -> Any:
             dashboard_address=":0",  # any port that is free
             silence_logs="CRITICAL",
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dask's log off the terminal: what matters comes as events, and lost connections show tracebacks there."""
+    import distributed  # noqa: F401 - sets the levels of its loggers when it is imported
+
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _connected(scheduler: Any) -> Client:
