@@ -164,13 +164,19 @@ def compare(ours: dict[str, dict[str, float]], theirs: dict[str, dict[str, float
     return float(pairs.mean()), float(low), float(high)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run what has no result yet, then show all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of training asks for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--realdata", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "training")
     parser.add_argument("--dataset", choices=FOLDERS, default="hippocampus")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what has no result yet, then show all."""
+    parser = parser_of(__doc__)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--budgets", default="20m", help="of medseg: 20m,60m; `equal` is the time that nnU-Net took")
     parser.add_argument("--seeds", default="12345")

@@ -6,7 +6,6 @@ medseg's own plan. The result is one file, results/training/speed_DATASET.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from training import FOLDERS, HERE, PATCHES, PEER, run_measured
+from training import FOLDERS, HERE, PATCHES, PEER, parser_of, run_measured
 
 from medseg.model.plan import Network, Plan
 from medseg.train.loop import plan_dataset
@@ -76,11 +75,7 @@ def as_nnunet(dataset: Path, folder: Path, plans: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, show."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--realdata", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "training")
-    parser.add_argument("--dataset", choices=FOLDERS, default="hippocampus")
+    parser = parser_of(__doc__)
     parser.add_argument("--nnunet", type=Path, required=True, help="the Python of nnU-Net's own environment")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=2)

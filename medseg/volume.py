@@ -223,6 +223,15 @@ class Volume:
         return Volume(self.array[:, i, j, k], grid)
 
 
+def box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice] | None:
+    """Return the smallest box of a mask (I, J, K) that holds all that is true in it; None where nothing is."""
+    lines = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    if not lines[0].size:
+        return None
+    i, j, k = (slice(int(line[0]), int(line[-1]) + 1) for line in lines)
+    return i, j, k
+
+
 def orientations_to_axes(step: NDArray[np.float64]) -> tuple[int, ...]:
     """Return, for each axis of the result of an orientation step, the axis of the input that it shows."""
     return tuple(int(axis) for axis in np.argsort(step[:, 0]))

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from medseg.errors import GeometryError
-from medseg.volume import GRID_TOLERANCE_MM, Grid, Volume
+from medseg.volume import GRID_TOLERANCE_MM, Grid, Volume, box_of
 
 WORDS = ["".join(word) for axes in permutations(("LR", "PA", "IS")) for word in product(*axes)]
 
@@ -339,3 +339,10 @@ class TestVolume:
 
     def test_with_array_stays_in_place(self, volume: Volume) -> None:
         assert volume.with_array(volume.array[:, ::1] * 2).grid is volume.grid
+
+
+def test_the_box_of_a_mask_ends_behind_its_last_voxels():
+    mask = np.zeros((4, 5, 6), bool)
+    assert box_of(mask) is None
+    mask[1, 2, 0] = mask[3, 2, 4] = True
+    assert box_of(mask) == (slice(1, 4), slice(2, 3), slice(0, 5))

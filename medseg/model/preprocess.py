@@ -12,7 +12,7 @@ from medseg.process.corners import corner_grid
 from medseg.process.normalize import ZScore, normalize
 from medseg.process.resample import finite_float32, resample
 from medseg.process.resize import resize, resize_labels, separate_axis
-from medseg.volume import Grid, Volume
+from medseg.volume import Grid, Volume, box_of
 
 OUTSIDE = -1
 """Marks what is not body in a label map, as nnU-Net does."""
@@ -87,11 +87,10 @@ def nonzero_box(volume: Volume) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     An image of zeros alone is its own box.
     """
-    nonzero = (volume.array != 0).any(axis=0)
-    lines = [np.flatnonzero(nonzero.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-    if not lines[0].size:
+    box = box_of((volume.array != 0).any(axis=0))
+    if box is None:
         return (0, 0, 0), volume.grid.shape
-    return tuple(int(line[0]) for line in lines), tuple(int(line[-1]) + 1 for line in lines)
+    return tuple(part.start for part in box), tuple(part.stop for part in box)
 
 
 def _oriented(grid: Grid, plan: Plan) -> Grid:

@@ -49,9 +49,7 @@ def resize(volume: Volume, grid: Grid, *, order: int, separate: float | None) ->
         result = apply_matrices(array, matrices)
         _limit(result, array, (1, 2, 3))
     else:
-        picked = array.take(
-            nearest(axes[alone]).positions.astype(np.intp).clip(0, array.shape[alone + 1] - 1), alone + 1
-        )
+        picked = array.take(_nearest_voxels(axes[alone], array.shape[alone + 1]), alone + 1)
         matrices[alone] = np.eye(picked.shape[alone + 1], dtype=np.float32)
         result = apply_matrices(picked, matrices)
         _limit(result, picked, tuple(axis for axis in (1, 2, 3) if axis != alone + 1))
@@ -74,7 +72,7 @@ def resize_labels(labels: Volume, grid: Grid, *, separate: float | None) -> Volu
     array = labels.array[0].transpose([axis.source_axis for axis in axes])
     array = array[tuple(slice(None, None, -1 if axis.step < 0 else 1) for axis in axes)]
     if alone is not None:
-        way = nearest(axes[alone]).positions.astype(np.intp).clip(0, array.shape[alone] - 1)
+        way = _nearest_voxels(axes[alone], array.shape[alone])
         array = array.take(way[::-1] if axes[alone].step < 0 else way, alone)
     result = _largest_share(array.T, np.divide(grid.shape, array.shape)[::-1].tolist())
     return Volume(result.T[None].astype(labels.array.dtype), grid)
@@ -113,6 +111,10 @@ def separate_axis(before_mm: Sequence[float], after_mm: Sequence[float], above: 
 def nearest(axis: AxisPositions) -> AxisPositions:
     """Return positions moved to the nearest voxel; halfway between two voxels that is the upper one."""
     return replace(axis, positions=np.floor(np.round(axis.positions, TIE_DIGITS) + 0.5))
+
+
+def _nearest_voxels(axis: AxisPositions, size: int) -> NDArray[np.intp]:
+    return nearest(axis).positions.astype(np.intp).clip(0, size - 1)
 
 
 def _matrix(axis: AxisPositions, size: int, order: int) -> NDArray[np.float32]:

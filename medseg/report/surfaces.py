@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 
-from medseg.volume import Grid
+from medseg.volume import Grid, box_of
 
 Mask = NDArray[np.bool_]
 
@@ -43,11 +43,10 @@ def compare_surfaces(predicted: Mask, reference: Mask, grid: Grid, tolerance_mm:
 
 def _border(mask: Mask) -> NDArray[np.float64]:
     """Return the indices (N, 3) of the voxels of a mask that have a face towards the outside."""
-    lines = [np.flatnonzero(mask.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-    if not lines[0].size:
+    box = box_of(mask)
+    if box is None:
         return np.empty((0, 3))
-    inner = mask[tuple(slice(line[0], line[-1] + 1) for line in lines)]
-    first = np.array([float(line[0]) for line in lines])
+    inner, first = mask[box], np.array([float(part.start) for part in box])
     return np.asarray(np.argwhere(inner & ~binary_erosion(inner)) + first)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medseg.study.pipeline import Localizer
-from medseg.volume import Volume
+from medseg.volume import Volume, box_of
 
 if TYPE_CHECKING:
     from medseg.model.segmenter import Model
@@ -43,15 +43,14 @@ def box_around(labels: Volume, values: Sequence[int], margin_mm: float) -> Box |
 
     It ends where the grid does. None where no voxel has one of the values.
     """
-    there = np.isin(labels.array[0], values)
-    if not there.any():
+    box = box_of(np.isin(labels.array[0], values))
+    if box is None:
         return None
     # Between planes of voxels, along their normal: in a tilted stack that is less than between centers.
     distances_mm = 1 / np.linalg.norm(np.linalg.inv(labels.grid.affine[:3, :3]), axis=1)
     margin = np.ceil(margin_mm / distances_mm - 1e-6).astype(int)
-    ends = [np.flatnonzero(there.any(axis=(axis - 2, axis - 1)))[[0, -1]] for axis in range(3)]
-    first, last = np.array(ends).T
-    start, stop = np.maximum(first - margin, 0), np.minimum(last + margin + 1, labels.grid.shape)
+    start = np.maximum([part.start for part in box] - margin, 0)
+    stop = np.minimum([part.stop for part in box] + margin, labels.grid.shape)
     return tuple(start.tolist()), tuple(stop.tolist())
 
 

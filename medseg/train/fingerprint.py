@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -115,7 +116,7 @@ def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDA
         shape=canonical.shape,
         spacing_mm=canonical.spacing_mm,
         box=inside.grid.reoriented("RAS").shape,
-        nonzero=float((image.array != 0).any(axis=0).mean()),
+        nonzero=float(np.count_nonzero((inside.array != 0).any(axis=0)) / math.prod(image.grid.shape)),
         label_voxels={number: count for number, count in voxels.items() if number not in {0, case.ignore}},
     )
     marked = values != 0 if case.ignore is None else (values != 0) & (values != case.ignore)

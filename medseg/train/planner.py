@@ -101,7 +101,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         "spacing_mm": (_joined(plan.spacing_mm), f"rule: median of the cases is {median} mm, from {low} to {high}"),
         "crop_nonzero": (
             "yes" if plan.crop_nonzero else "no",
-            f"rule: the box around what is not 0 holds {boxes:.0f} % of the median image; yes up to 75 %",
+            f"rule: the box of what is not 0 holds {boxes:.0f} % of the median image; yes up to {100 * BOX_SHARE:.0f} %",
         ),
         "patch": (
             _joined(plan.patch),

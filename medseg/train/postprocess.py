@@ -23,7 +23,7 @@ from medseg.report.metrics import CaseScores, LabelScore, Scores
 from medseg.train.dataset import Case
 from medseg.train.dataset_json import members_of
 from medseg.train.evaluate import compare_case
-from medseg.volume import Volume
+from medseg.volume import Volume, box_of
 
 Groups = tuple[tuple[int, ...], ...]
 Reader = Callable[[Path, Volume], tuple[Volume, str | None]]
@@ -96,10 +96,9 @@ def _without_pieces(
 ) -> LabelScore:
     """Return the score of a label of which the largest piece alone is left."""
     inside = np.isin(found, members)
-    lines = [np.flatnonzero(inside.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    if not lines[0].size:
+    box = box_of(inside)
+    if box is None:
         return score
-    box = tuple(slice(int(line[0]), int(line[-1]) + 1) for line in lines)
     part = np.where(inside[box], found[box], 0)
     keep_largest_piece(part, members)
     lost = inside[box] & (part == 0)

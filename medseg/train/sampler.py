@@ -80,11 +80,11 @@ class Sampler:
         more often than by chance, but not so often that these cases are learned by heart.
         """
         if self._owners and random.random() < self.foreground:
-            weights = np.sqrt([len(cases) for cases in self._owners.values()])
+            weights = np.sqrt([len(owners) for owners in self._owners.values()])
             number = int(random.choice(list(self._owners), p=weights / weights.sum()))
-            cases = self._owners[number]
+            cases: Sequence[Prepared] = self._owners[number]
         else:
-            number, cases = 0, list(self.cases)
+            number, cases = 0, self.cases
         return number, cases[int(random.integers(len(cases)))]
 
     def _drawn(self, case: Prepared, number: int, random: Generator) -> Batch:
