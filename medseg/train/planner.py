@@ -91,7 +91,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
     """
     spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
     shape = median_shape(fingerprint.cases, plan.spacing_mm, crop=plan.crop_nonzero)
-    boxes = 100 * _median_box(fingerprint.cases)
+    boxes, most = 100 * _median_box(fingerprint.cases), 100 * BOX_SHARE
     nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.unet.kernels)
     low, high = (_joined(np.percentile(spacings, share, axis=0)) for share in (0, 100))
@@ -101,7 +101,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         "spacing_mm": (_joined(plan.spacing_mm), f"rule: median of the cases is {median} mm, from {low} to {high}"),
         "crop_nonzero": (
             "yes" if plan.crop_nonzero else "no",
-            f"rule: the box of what is not 0 holds {boxes:.0f} % of the median image; yes up to {100 * BOX_SHARE:.0f} %",
+            f"rule: the box around what is not 0 holds {boxes:.0f} % of the median image; yes up to {most:.0f} %",
         ),
         "patch": (
             _joined(plan.patch),
