@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_grid
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
@@ -41,6 +41,9 @@ def test_nothing_is_at_no_distance():
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), spacing=st.tuples(*[st.floats(0.5, 3)] * 3))
 def test_monai_agrees(seed, spacing):
+    # A distance equal to the tolerance up to rounding counts in single precision (MONAI) or in double, not in both.
+    distances = np.linalg.norm(np.moveaxis(np.indices((3, 3, 3)), 0, -1) * spacing, axis=-1)
+    assume(np.abs(distances - 1.0).min() > 1e-5)
     rng = np.random.default_rng(seed)
     one, other = rng.random((2, 6, 7, 5)) < 0.3
     one[2, 2, 2] = other[3, 3, 3] = True
