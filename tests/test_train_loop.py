@@ -280,6 +280,16 @@ def test_a_patch_is_read_alike_from_chunks_and_from_memory(balls, plan, tmp_path
             assert torch.equal(a, b)
 
 
+def test_places_to_center_patches_on_are_of_their_class_and_keep_no_file_open(balls, plan, tmp_path):
+    cases = prepare_cases(balls.cases[:3], plan, tmp_path)
+    for case in cases:
+        target = case.target[:]
+        rows = [tuple(case.places[1][row]) for row in range(len(case.places[1]))]
+        assert sorted(rows) == [tuple(index) for index in np.argwhere(target == 1)]
+    maps = Path("/proc/self/maps")  # on Linux
+    assert not maps.exists() or str(tmp_path) not in maps.read_text()  # thousands of cases would be too many files
+
+
 def test_a_case_that_cannot_be_prepared_is_named(balls, plan, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError

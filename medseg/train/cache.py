@@ -75,6 +75,21 @@ def _open(file: Path) -> blosc2.NDArray:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Voxel indices (N, 3), some successive rows of a file, read one by one; the file is open only then."""
+
+    file: Path
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        return np.array(np.load(self.file, mmap_mode="r")[self.first + row, 1:])
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A case on its network grid: image (C, I, J, K) float32, class numbers (I, J, K), voxels to center patches on.
 
@@ -86,7 +101,7 @@ class Prepared:
     name: str
     image: Chunks | NDArray[np.float32]
     target: Chunks | NDArray[np.integer]
-    places: dict[int, NDArray[np.int32]]
+    places: dict[int, Places]
     known: NDArray[np.bool_]
 
 
@@ -123,29 +138,27 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
             path=case.images[0],
             reason="case",
         ) from error
-    numbers, first = np.unique(places[:, 0], return_index=True)
-    parts = np.split(places[:, 1:], first[1:]) if len(first) else []  # nothing was labelled
     known = [label.value not in case.undrawn for label in plan.regions or plan.labels]
     return Prepared(
         case.name,
         image,
         target,
-        dict(zip(numbers.tolist(), parts, strict=True)),
+        places,
         np.array(known if plan.regions else [True, *known]),
     )
 
 
-def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, NDArray[np.int32]] | None:
+def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, dict[int, Places]] | None:
     """Return the arrays in files; None where one is not there, was cut short or is something else."""
     try:
         image, target = (Chunks.of(files[part]) for part in ("image", "target"))
-        places = np.load(files["places"], mmap_mode="r")
+        places = _places_in(files["places"])
     except (OSError, ValueError, EOFError, RuntimeError, AttributeError):
         return None  # the last two for what is no file of blosc2's, or one of its but no array
     return (image, target, places) if image.shape[1:] == target.shape else None
 
 
-def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, NDArray[np.int32]]:
+def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, dict[int, Places]]:
     for part in ("image", "target"):
         array = np.ascontiguousarray(arrays[part])
         chunks, blocks = (_edges(array.shape, longest) for longest in (CHUNKS, BLOCKS))
@@ -155,7 +168,16 @@ def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[C
     with written_whole(files["places"]) as beside, beside.open("wb") as stream:
         np.save(stream, arrays["places"], allow_pickle=False)
     image, target = (Chunks.of(files[part]) for part in ("image", "target"))
-    return image, target, np.load(files["places"], mmap_mode="r")
+    return image, target, _places_in(files["places"])
+
+
+def _places_in(file: Path) -> dict[int, Places]:
+    """Return where the rows of each class are in a file of `_places`."""
+    numbers, first, counts = np.unique(np.load(file, mmap_mode="r")[:, 0], return_index=True, return_counts=True)
+    return {
+        number: Places(file, *part)
+        for number, *part in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True)
+    }
 
 
 def _edges(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
