@@ -109,7 +109,7 @@ class Sampler:
         low, high = np.minimum(0, size - patch), np.maximum(0, size - patch)
         if number in case.places:  # 0 is there where voxels are ignored: any that is not
             voxels = case.places[number]
-            start = np.clip(voxels[random.integers(len(voxels))] - patch // 2, low, high)
+            start = np.clip(voxels[int(random.integers(len(voxels)))] - patch // 2, low, high)
         else:
             start = random.integers(low, high + 1)
         return np.asarray(start + (patch - 1) / 2)
