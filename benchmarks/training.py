@@ -105,7 +105,11 @@ def _without_cases_json(dataset: Path, copy: Path) -> Path:
 
 
 def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
-    """Train for so many iterations; seconds are those of its training command, with start and online validation."""
+    """Train for so many iterations.
+
+    Its seconds are those of the training command, with start and online validation (of the last one, where it was
+    interrupted); its training_s those of all steps alone.
+    """
     folder = bench.work / run.name
     prepared = folder / "prepared"
     peer = [str(bench.python), str(PEER)]
@@ -118,6 +122,7 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
     measured = run_measured([*peer, "train", str(folder), str(run.fold), iterations], folder / "train.txt")
     times = np.asarray(json.loads((folder / "times.json").read_text(encoding="utf-8")))
     found = asdict(measured) | {
+        "training_s": float(np.diff(times).sum()),
         "prepare": json.loads(prepared.read_text(encoding="utf-8")),
         "steps_per_s": float(1 / np.median(times[:, 1] - times[:, 0])),
     }
