@@ -193,16 +193,16 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     bench = Bench(chosen.realdata, chosen.work, chosen.results, chosen.nnunet)
     chosen.results.mkdir(parents=True, exist_ok=True)
-    peer = None
+    peer, equal = None, ""
     if chosen.nnunet:
         run = Run(chosen.dataset, chosen.fold, "nnunet", f"{chosen.iterations}iterations", 0)
         peer = bench.result(run)
+        equal = f"{max(peer['seconds'], peer['training_s']):.0f}s"  # the first is too short where it was interrupted
         for key in ("cases", "cases_mirrored"):
             show(f"{run.name} {key}", peer[key])
     for budget in filter(None, chosen.budgets.split(",")):
         for seed in map(int, chosen.seeds.split(",")):
-            seconds = f"{peer['seconds']:.0f}s" if peer and budget == "equal" else budget
-            run = Run(chosen.dataset, chosen.fold, chosen.system, seconds, seed)
+            run = Run(chosen.dataset, chosen.fold, chosen.system, equal if budget == "equal" else budget, seed)
             found = bench.result(run)
             show(run.name, found["cases"])
             if peer:
