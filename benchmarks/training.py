@@ -33,6 +33,9 @@ PATCHES = {"hippocampus": "own", "head_neck": "64,64,48"}
 ABSENT = "medseg_absent"
 """medseg that takes organs that were not drawn for absent ones, as tools do that know of no others."""
 
+SCORED: dict[str, list[str]] = {"cases": [], "cases_mirrored": ["mirror"]}
+"""How nnU-Net segments the cases kept aside."""
+
 INTERVAL_S, LIMIT_GB = 1.0, 20
 RESAMPLES = 10_000
 
@@ -127,7 +130,7 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
         "steps_per_s": float(1 / np.median(times[:, 1] - times[:, 0])),
     }
     _, validation = read_dataset(bench.data(run)).fold(run.fold, 5)
-    for key, options in (("cases", []), ("cases_mirrored", ["mirror"])):
+    for key, options in SCORED.items():
         out = folder / key
         run_measured([*peer, "validate", str(folder), str(run.fold), str(out), *options], folder / f"{key}.txt")
         found[key] = _scored(validation, out, bench.data(run))
@@ -198,19 +201,16 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run(chosen.dataset, chosen.fold, "nnunet", f"{chosen.iterations}iterations", 0)
         peer = bench.result(run)
         equal = f"{max(peer['seconds'], peer['training_s']):.0f}s"  # the first is too short where it was interrupted
-        for key in ("cases", "cases_mirrored"):
+        for key in SCORED:
             show(f"{run.name} {key}", peer[key])
     for budget in filter(None, chosen.budgets.split(",")):
         for seed in map(int, chosen.seeds.split(",")):
             run = Run(chosen.dataset, chosen.fold, chosen.system, equal if budget == "equal" else budget, seed)
             found = bench.result(run)
             show(run.name, found["cases"])
-            if peer:
-                print(
-                    "difference per case, 95 % interval: {:+.4f}, {:+.4f} to {:+.4f}".format(
-                        *compare(found["cases"], peer["cases"])
-                    )
-                )
+            for key in SCORED if peer else ():
+                difference, low, high = compare(found["cases"], peer[key])
+                print(f"difference per case to nnU-Net's {key}: {difference:+.4f}, 95 % {low:+.4f} to {high:+.4f}")
 
 
 if __name__ == "__main__":
