@@ -196,16 +196,16 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     bench = Bench(chosen.realdata, chosen.work, chosen.results, chosen.nnunet)
     chosen.results.mkdir(parents=True, exist_ok=True)
-    peer, equal = None, ""
+    peer, equal = None, "equal"
     if chosen.nnunet:
         run = Run(chosen.dataset, chosen.fold, "nnunet", f"{chosen.iterations}iterations", 0)
         peer = bench.result(run)
         equal = f"{max(peer['seconds'], peer['training_s']):.0f}s"  # the first is too short where it was interrupted
         for key in SCORED:
             show(f"{run.name} {key}", peer[key])
-    for budget in filter(None, chosen.budgets.split(",")):
+    for budget in filter(None, chosen.budgets.replace("equal", equal).split(",")):
         for seed in map(int, chosen.seeds.split(",")):
-            run = Run(chosen.dataset, chosen.fold, chosen.system, equal if budget == "equal" else budget, seed)
+            run = Run(chosen.dataset, chosen.fold, chosen.system, budget, seed)
             found = bench.result(run)
             show(run.name, found["cases"])
             for key in SCORED if peer else ():
