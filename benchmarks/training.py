@@ -88,7 +88,8 @@ def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
     if run.system == ABSENT:
         dataset = _without_cases_json(dataset, bench.work / f"{dataset.name}_{ABSENT}")
     if not (folder / "train.json").exists():
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_plan(bench, run), folder)
         TrainSettings(seed=run.seed).save(folder / "train.json")
     command = [sys.executable, "-m", "medseg", "train", str(dataset), str(folder)]
     measured = run_measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
@@ -97,6 +98,16 @@ def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
     history = (folder / f"fold_{run.fold}.history.csv").read_text(encoding="utf-8").splitlines()
     last = dict(zip(history[0].split(","), history[-1].split(","), strict=True))
     return asdict(measured) | {"steps_per_s": float(last["steps_per_s"]), "cases": cases}
+
+
+def _plan(bench: Bench, run: Run) -> Path:
+    """Return the plan of a dataset, made once: one that is made on fewer cores has smaller patches and more steps."""
+    folder = bench.work / f"{run.dataset}_plan"
+    if not (folder / "plan.json").exists():
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "medseg", "plan", str(bench.data(run)), str(folder)]
+        run_measured(command, folder / "log.txt")
+    return folder / "plan.json"
 
 
 def _without_cases_json(dataset: Path, copy: Path) -> Path:
