@@ -10,10 +10,10 @@ import typer
 
 from medseg.cli_options import AsJson, Device, Start
 from medseg.cli_show import EXIT_FAILED, clock, err, print_json, print_table, progress, show_scores
+from medseg.errors import UsageError
 
 if TYPE_CHECKING:
     from medseg.report.metrics import Scores
-    from medseg.train.dataset_json import Meaning
     from medseg.train.run import TrainProgress
 
 
@@ -49,7 +49,9 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
         str,
         typer.Option(help="Which part of the cases is kept aside for validation, from 0; all: one after the other."),
     ] = "0",
-    folds: Annotated[int, typer.Option(help="How many parts there are.", min=2)] = 5,
+    folds: Annotated[
+        int | None, typer.Option(help="How many parts there are; by default as train.json says, or 5.", min=2)
+    ] = None,
     start: Start = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")] = False,
     device: Device = None,
@@ -60,10 +62,9 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     With --fold all every fold is trained with the whole budget, and all cases are scored by the fold that has not seen
     them; the largest piece of a label is kept from then on where that was better.
     """
-    from medseg.errors import UsageError
     from medseg.train.loop import train_dataset
 
-    if fold != "all" and not fold.isdigit():
+    if fold != "all" and not fold.isdecimal():
         raise UsageError(f"A fold is a number from 0, or all; not {fold!r}.")
     with progress() as show:
 
@@ -86,6 +87,8 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             tensorboard=tensorboard,
             progress=report,
         )
+    if not scores.cases:
+        return  # of several processes the first one has scores, and shows them
     show_scores(scores, f"{'All folds' if fold == 'all' else f'Fold {fold}'}, validation cases", as_json=as_json)
     if fold == "all" and not as_json:
         tried = json.loads((model / "scores.json").read_text(encoding="utf-8"))["postprocessing"]
@@ -108,35 +111,60 @@ def evaluate(
 ) -> None:
     """Score label files against references, or a model on a dataset."""
     if (predictions / "plan.json").is_file():
-        from medseg.model.segmenter import Model
-        from medseg.train.dataset import read_dataset
-        from medseg.train.evaluate import evaluate as evaluate_model
-
-        with progress() as show:
-            scores = evaluate_model(
-                Model.load(predictions, device=device),
-                read_dataset(references),
-                tolerance_mm=tolerance_mm,
-                progress=lambda done, total: show("evaluate", done / total, f"{done} of {total}"),
-            )
+        if labels is not None:
+            raise UsageError("A model knows its labels: --labels is for a folder of label files.")
+        scores = _scores_of_model(predictions, references, tolerance_mm, device)
     else:
-        from medseg.report.metrics import evaluate_folder
-
-        meaning = _meaning(labels, references)
-        scores = evaluate_folder(
-            predictions,
-            references,
-            meaning.labels if meaning else None,
-            tolerance_mm=tolerance_mm,
-            members=meaning.members if meaning else None,
-            ignore=meaning.ignore if meaning else None,
-        )
+        if device is not None:
+            raise UsageError("Comparing label files needs no device: --device is for a model.")
+        scores = _scores_of_files(predictions, references, tolerance_mm, labels)
+    show_scores(scores, "Scores", as_json=as_json)  # first, since a file that cannot be written must not lose them
     if csv is not None:
         from medseg.report.metrics import write_scores_csv
 
         write_scores_csv(scores, csv)
-    show_scores(scores, "Scores", as_json=as_json)
     show_failed(scores)
+
+
+def _scores_of_model(folder: Path, references: Path, tolerance_mm: float, device: str | None) -> Scores:
+    from medseg.model.segmenter import Model
+    from medseg.train.dataset import read_dataset
+    from medseg.train.evaluate import evaluate as evaluate_model
+    from medseg.train.evaluate import require_labels
+
+    dataset = read_dataset(references)
+    model = Model.load(folder, device=device)
+    require_labels(model.plan, dataset)
+    with progress() as show:
+        return evaluate_model(
+            model,
+            dataset,
+            tolerance_mm=tolerance_mm,
+            progress=lambda done, total: show("evaluate", done / total, f"{done} of {total}"),
+        )
+
+
+def _scores_of_files(predictions: Path, references: Path, tolerance_mm: float, labels: Path | None) -> Scores:
+    """Return scores of label files; what a dataset around the references says of labels and cases counts."""
+    from medseg.report.metrics import evaluate_folder
+    from medseg.train.dataset import read_facts
+    from medseg.train.dataset_json import read_meaning
+    from medseg.train.evaluate import drawn_alone
+
+    root = next((one for one in (references, references.parent) if (one / "dataset.json").is_file()), None)
+    told = labels or (root / "dataset.json" if root else None)
+    if told is None:
+        return evaluate_folder(predictions, references, tolerance_mm=tolerance_mm)
+    meaning = read_meaning(told)
+    scores = evaluate_folder(
+        predictions,
+        references,
+        meaning.labels,
+        tolerance_mm=tolerance_mm,
+        members=meaning.members,
+        ignore=meaning.ignore,
+    )
+    return drawn_alone(scores, read_facts(root / "cases.json", meaning.labels)) if root else scores
 
 
 def show_failed(scores: Scores) -> None:
@@ -145,12 +173,3 @@ def show_failed(scores: Scores) -> None:
         err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", markup=False, style="red")
     if scores.failed:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _meaning(given: Path | None, references: Path) -> Meaning | None:
-    """Return what the labels of references mean: as a file says, or the dataset.json in or above their folder."""
-    from medseg.train.dataset_json import read_meaning
-
-    beside = (folder / "dataset.json" for folder in (references, references.parent))
-    file = given or next((one for one in beside if one.is_file()), None)
-    return None if file is None else read_meaning(file)

@@ -16,6 +16,7 @@ import medseg
 from medseg import cli
 from medseg.io import load, save
 from medseg.model.weights import save_weights
+from medseg.report.metrics import Scores
 from medseg.volume import Grid, Volume
 
 SAMPLES = Path(__file__).parent.parent / "data_samples"
@@ -323,6 +324,41 @@ def test_evaluate_knows_regions_and_ignored_voxels_from_the_dataset(run, tmp_pat
     (tmp_path / "names.json").write_text('{"labels": {"shell": 1, "core": 2, "unseen": 7}}')
     code, out, _ = run("evaluate", root / "labels", root / "labels", "--json", "--labels", tmp_path / "names.json")
     assert [label["name"] for label in json.loads(out)["labels"]] == ["shell", "core", "unseen"]
+
+
+def test_evaluate_leaves_out_what_was_not_drawn(run, tmp_path):
+    root = make_shells(tmp_path / "shells", regions=False, cases=2)
+    (root / "cases.json").write_text('[{"case": "case_0", "structures": ["core"], "group": "one"}]')
+    code, out, _ = run("evaluate", root / "labels", root / "labels", "--json")
+    cases = {case["case"]: [label["name"] for label in case["labels"]] for case in json.loads(out)["cases"]}
+    assert (code, cases) == (0, {"case_0": ["core"], "case_1": ["shell", "core"]})
+
+
+def test_evaluate_refuses_options_that_would_do_nothing_and_loses_no_scores(run, model_folder, tmp_path):
+    root = make_balls(tmp_path / "balls", cases=2, shape=(8, 8, 8))
+    labels = root / "labels"
+    assert run("evaluate", labels, labels, "--device", "cpu")[0] == 2
+    assert run("evaluate", model_folder, root, "--labels", root / "dataset.json")[0] == 2
+    assert run("evaluate", labels, labels, "--tolerance-mm", "nan")[0] == 2
+    code, out, err = run("evaluate", labels, labels, "--csv", tmp_path / "nowhere/scores.csv")
+    assert code == 1
+    assert "2 cases" in out
+    assert "could not be written" in err
+
+
+def test_evaluate_refuses_a_dataset_of_other_labels_than_the_models(run, model_folder, tmp_path):
+    root = make_balls(tmp_path / "balls", cases=2, shape=(8, 8, 8))
+    description = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(description | {"labels": {"liver": 5}}))
+    code, _, err = run("evaluate", model_folder, root)
+    assert code == 1
+    assert "and the dataset has values 5. Give references with the labels of the model" in err
+
+
+def test_only_the_first_of_several_processes_shows_scores(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("medseg.train.loop.train_dataset", lambda *_, **__: Scores(()))
+    assert run("train", tmp_path, tmp_path / "model", "--fold", "all", "--json") == (0, "", "")
+    assert run("train", tmp_path, tmp_path / "model", "--fold", "\N{SUPERSCRIPT TWO}")[0] == 2
 
 
 def test_evaluating_a_perfect_prediction(run, tmp_path):

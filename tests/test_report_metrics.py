@@ -111,6 +111,13 @@ def test_an_image_is_refused() -> None:
         compare_labels(REFERENCE.with_array(REFERENCE.array + 0.5), REFERENCE, TABLE)
 
 
+@pytest.mark.parametrize("tolerance_mm", [-1.0, math.nan, math.inf])
+def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None:
+    volume = Volume(np.ones((1, 2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
+    with pytest.raises(UsageError, match="A tolerance is a distance in mm"):
+        compare_labels(volume, volume, make_labels([(1, "a")]), tolerance_mm=tolerance_mm)
+
+
 class TestScores:
     def test_means_by_hand(self) -> None:
         # Dice of label 1: 0.75 and 1, mean 0.875. Dice of label 2: 0.5 in one case, not there in the other: mean 0.5.

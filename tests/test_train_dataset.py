@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from datasets import make_balls
 
-from medseg.errors import DatasetError
+from medseg.errors import DatasetError, ModelError
 from medseg.io import load, save
 from medseg.train import loop
 from medseg.train.dataset import Dataset, read_dataset
 from medseg.train.dataset_json import Meaning
 from medseg.train.fingerprint import Fingerprint, fingerprint
-from medseg.train.loop import plan_dataset
+from medseg.train.loop import plan_dataset, train_dataset
 from medseg.volume import Grid, Volume
 
 
@@ -144,6 +144,30 @@ def test_every_missing_file_is_listed(tmp_path):
         read_dataset(folder)
 
 
+def test_two_label_files_of_one_name_are_a_problem(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
+    description = json.loads((folder / "dataset.json").read_text())
+    del description["file_ending"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    save(load(folder / "labels/case_1.nii.gz"), folder / "labels/case_1.nii")
+    with pytest.raises(DatasetError, match=r"1 problem\(s\):\ncase_1: two label files are called so"):
+        read_dataset(folder)
+
+
+def test_what_a_file_manager_left_is_no_case(tmp_path):
+    folder = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
+    (folder / "labels/._case_1.nii.gz").write_bytes(b"resource fork")
+    assert [case.name for case in read_dataset(folder)] == ["case_0", "case_1"]
+
+
+@pytest.mark.parametrize(
+    "training", [5, None, ["a"], [{"image": ["a", "b"], "label": "c"}], [{"image": None, "label": "c"}]]
+)
+def test_a_list_of_training_cases_that_makes_no_sense_is_refused(tmp_path, training):
+    with pytest.raises(DatasetError, match="must list pairs of one file each"):
+        read_dataset(write(tmp_path, modality={"0": "CT"}, labels={"1": "a"}, training=training))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -271,6 +295,25 @@ def test_cases_are_checked_again_when_they_are_others_than_before(tmp_path, monk
     (root / "labels/case_3.nii.gz").unlink()
     plan_dataset(root, tmp_path / "model")
     assert len(Fingerprint.load(tmp_path / "model/fingerprint.json").cases) == 3
+
+
+def test_cases_are_checked_again_when_what_is_said_of_them_changes(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=4)
+    plan_dataset(root, tmp_path / "model")
+    (root / "cases.json").write_text(json.dumps([{"case": "case_1", "structures": []}]))
+    with pytest.raises(DatasetError, match=r"case_1: label values \[1\] are there, but cases.json says"):
+        plan_dataset(root, tmp_path / "model")
+    (root / "cases.json").unlink()
+    description = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(description | {"labels": {"cube": 1}}))
+    with pytest.raises(ModelError, match="different labels or regions"):
+        train_dataset(root, tmp_path / "model", budget="1steps", folds=2)
+
+
+def test_a_group_that_is_null_is_none(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
+    (root / "cases.json").write_text(json.dumps([{"case": f"case_{case}", "group": None} for case in range(2)]))
+    assert len(read_dataset(root).fold(0, 2)[1]) == 1
 
 
 def test_a_plan_that_is_brought_along_does_not_spare_the_checks(tmp_path):

@@ -18,12 +18,12 @@ import pytest
 import torch
 from datasets import make_balls, small_plan
 
-from medseg.errors import DatasetError, ModelError, OutputError, UsageError
+from medseg.errors import DatasetError, ModelError, OutputError, UnreadableFile, UsageError
 from medseg.io import load, save
 from medseg.labels import make_labels
 from medseg.model.plan import Plan, Region
 from medseg.model.segmenter import Model
-from medseg.model.weights import state_of
+from medseg.model.weights import save_weights, state_of
 from medseg.train import cache, loop
 from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
@@ -108,6 +108,14 @@ def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, pl
     assert len(begun["outputs.0.bias"]) == 3
     same = new_state(plan, FAST, torch.device("cpu"), tmp_path / "first")
     assert_same(first, state_of(same.network))
+    sided = dataclasses.replace(balls, meaning=Meaning(make_labels([(1, "kidney left"), (2, "kidney right")])))
+    mirrored = plan.model_copy(update={"mirror_axes": (0, 1), "keep_largest": ((1,),)})
+    mirrored.save(tmp_path / "first/plan.json")
+    assert plan_from(tmp_path / "first", twice).mirror_axes == (0, 1)
+    assert (plan_from(tmp_path / "first", sided).mirror_axes, plan_from(tmp_path / "first", sided).keep_largest) == (
+        (),
+        (),
+    )
     with pytest.raises(ModelError, match="takes 1 channel"):
         plan_from(tmp_path / "first", dataclasses.replace(balls, channels=("T1", "T2")))
     (tmp_path / "first/fold_0.safetensors").unlink()
@@ -145,6 +153,60 @@ def test_a_finished_fold_is_not_trained_again(balls, plan, tmp_path):
     assert stages == []
 
 
+def test_weights_that_were_trained_otherwise_are_not_validated(balls, plan, tmp_path):
+    train_model(balls, plan, tmp_path, budget="2steps", settings=FAST)
+    fewer = dataclasses.replace(balls, cases=tuple(case for case in balls if case is not balls.fold(0, 3)[0][0]))
+    for dataset, budget in ((fewer, "2steps"), (balls, "3steps")):
+        with pytest.raises(ModelError, match="trained before, with another plan, dataset, budget") as refused:
+            train_model(dataset, plan, tmp_path, budget=budget, settings=FAST)
+        assert (refused.value.reason, refused.value.path) == ("trained", tmp_path / "fold_0.safetensors")
+    save_weights(Model.load(tmp_path).networks[0], tmp_path / "fold_0.safetensors")  # as an imported model has them
+    with pytest.raises(ModelError, match="trained before"):
+        train_model(balls, plan, tmp_path, budget="2steps", settings=FAST)
+    (tmp_path / "fold_0.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        train_model(balls, plan, tmp_path, budget="2steps", settings=FAST)
+
+
+def test_weights_of_another_content_of_the_training_cases_are_not_validated(plan, tmp_path):
+    root = make_balls(tmp_path / "balls")
+    cases = read_dataset(root)
+    train_model(cases, plan, tmp_path / "model", budget="1steps", settings=FAST)
+    training, validation = cases.fold(0, 3)
+    image = load(validation[0].images[0])
+    save(image.with_array(image.array + 1), validation[0].images[0])
+    train_model(cases, plan, tmp_path / "model", budget="1steps", settings=FAST)
+    save(load(training[0].label).with_array(load(training[1].label).array), training[0].label)
+    with pytest.raises(ModelError, match="trained before"):
+        train_model(cases, plan, tmp_path / "model", budget="1steps", settings=FAST)
+    training[0].label.unlink()
+    with pytest.raises(UnreadableFile) as missing:
+        train_model(cases, plan, tmp_path / "model", budget="1steps", settings=FAST)
+    assert missing.value.path == training[0].label
+
+
+def test_the_number_of_folds_is_what_train_json_says(balls, plan, tmp_path):
+    root, folder = balls.cases[0].label.parents[1], tmp_path / "model"
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    (folder / "train.json").write_text('{"batch": 1}')
+    assert len(train_dataset(root, folder, budget="1steps", folds=3).cases) == 2
+    assert (TrainSettings.load(folder / "train.json").folds, TrainSettings.load(folder / "train.json").batch) == (3, 1)
+    assert len(train_dataset(root, folder, budget="1steps").cases) == 2
+    with pytest.raises(ModelError, match=r"another train\.json"):
+        train_dataset(root, folder, budget="1steps", folds=2)
+
+
+def test_a_plan_that_another_process_made_meanwhile_is_followed(balls, plan, tmp_path, monkeypatch):
+    def slow(*_):
+        plan.model_copy(update={"name": "the other's"}).save(tmp_path / "plan.json")
+        return plan
+
+    monkeypatch.setattr(loop, "make_plan", slow)
+    _, followed = loop.plan_dataset(balls.cases[0].label.parents[1], tmp_path)
+    assert followed.name == "the other's"
+
+
 def test_a_fold_is_validated_without_the_folds_that_have_seen_its_cases(balls, plan, tmp_path):
     for fold in (0, 1):
         model = train_model(balls, plan, tmp_path, budget="1steps", fold=fold, settings=FAST)
@@ -173,7 +235,7 @@ def test_sigkill_costs_at_most_the_time_between_checkpoints(balls, plan, tmp_pat
     process.wait()
     state = new_state(plan, FAST, torch.device("cpu"))
     training, _ = balls.fold(0, FAST.folds)
-    state.load(checkpoint, loop.recipe_of(plan, FAST, Budget.parse("12steps"), training))
+    state.load(checkpoint, loop.recipe_of(plan, FAST, Budget.parse("12steps"), training, folder / "cache"))
     assert 1 <= state.step < 12
     seen: list[int] = []
     train_dataset(dataset, folder, budget="12steps", folds=3, progress=lambda now: seen.append(now.step))
@@ -402,6 +464,6 @@ def test_label_files_of_a_trained_model_lie_where_the_image_does(balls, plan, tm
 
 def test_a_plan_with_other_regions_than_the_dataset_is_not_trained(balls, plan, tmp_path):
     regions = (Region(name="all", members=(1,), value=1),)
-    with pytest.raises(ModelError, match="different regions"):
+    with pytest.raises(ModelError, match="different labels or regions"):
         train_model(balls, plan.model_copy(update={"regions": regions}), tmp_path / "model", budget="1steps")
     assert not (tmp_path / "model").exists()

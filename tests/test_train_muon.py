@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from medseg.train.muon import QUINTIC, Muon, orthogonal
+from medseg.train.schedules import set_rates
+from medseg.train.settings import TrainSettings
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
@@ -44,6 +46,24 @@ def test_norms_biases_and_outputs_step_as_in_adamw():
             assert not torch.allclose(a, b)
         else:
             torch.testing.assert_close(a, b)
+
+
+def test_one_cycle_runs_the_momentum_of_convolutions_against_the_rate():
+    steps = []
+    for done in (0.0, 0.3):
+        torch.manual_seed(0)
+        network = Small()
+        optimizer = Muon(network, 0.01, 0.0)
+        set_rates(optimizer, TrainSettings(schedule="one_cycle"), done)
+        assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.95 if done == 0 else 0.85)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        for sign in (1, -1):  # a second gradient the other way: what is left of the first one depends on the momentum
+            for weight in network.parameters():
+                weight.grad = torch.full_like(weight, sign) + torch.randn_like(weight)
+            optimizer.step()
+        steps.append(network.state_dict())
+    assert any(not torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
 
 
 def test_the_step_of_a_convolution_does_not_depend_on_the_size_of_its_gradient():

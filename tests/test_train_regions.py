@@ -155,7 +155,7 @@ def test_what_cannot_be_is_refused_by_name(shells, half_seen):
     for loss in set(LOSSES) - set(WITH_IGNORED):
         with pytest.raises(ModelError, match=f"The loss {loss} looks at whole patches"):
             check_possible(half_seen, half_plan, TrainSettings(loss=loss))
-    with pytest.raises(ModelError, match="different regions"):
+    with pytest.raises(ModelError, match="different labels or regions"):
         check_possible(half_seen, plan, FAST)
     with pytest.raises(ModelError, match="previous stage"):
         check_possible(half_seen, half_plan.model_copy(update={"previous": True}), FAST)

@@ -14,6 +14,7 @@ from datasets import make_balls, make_shells, small_plan
 
 from medseg.errors import InputError, ModelError
 from medseg.io import load, save
+from medseg.labels import make_labels
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.report.metrics import evaluate_folder
@@ -24,7 +25,7 @@ from medseg.train.loop import train_dataset, train_model
 from medseg.train.postprocess import choose_largest
 from medseg.train.run import TrainProgress
 from medseg.train.settings import TrainSettings
-from medseg.train.validate import cross_validate, load_prediction, validate_fold
+from medseg.train.validate import cross_validate, is_scored, load_prediction, validate_fold
 
 FAST = TrainSettings(folds=3)
 
@@ -213,6 +214,44 @@ def test_ignored_voxels_do_not_speak_for_or_against_a_clean_up(balls, plan, tmp_
         written_cases(dataset, tmp_path / "a", speck_where_nobody_looked), plan, load_prediction
     )
     assert (groups, tried[0]["dice_before"], tried[0]["dice_after"]) == ((), 1.0, 1.0)
+
+
+def test_a_label_of_which_only_specks_were_found_does_not_stop_the_choice(balls, plan, tmp_path):
+    plan = plan.model_copy(update={"labels": make_labels([(1, "ball"), (2, "never there")])})
+
+    def with_specks(place, values):
+        values[0, 0, 0, 0] = values[0, -1, -1, -1] = 2
+        return values
+
+    groups, tried = choose_largest(written_cases(balls, tmp_path / "a", with_specks), plan, load_prediction)
+    assert [one["largest_piece_of"] for one in tried] == [["ball", "never there"], ["ball"], ["never there"]]
+    assert not any(one["kept"] for one in tried)  # the ball is whole as it is
+    assert groups == ()
+
+    def apart(place, values):
+        values[0, 0, 0, 0], values[0, -1, -1, -1] = 1, 2
+        return values
+
+    groups, tried = choose_largest(written_cases(balls, tmp_path / "b", apart), plan, load_prediction)
+    assert groups == ((1, 2),)
+    assert tried[0]["dice_after"] == 1.0
+
+
+def test_an_image_that_was_replaced_is_segmented_again(plan, tmp_path):
+    root = make_balls(tmp_path / "balls")
+    cases = read_dataset(root)
+    model = train_model(cases, plan, tmp_path / "model", budget="1steps", settings=FAST)
+    validate_fold(model, cases, tmp_path / "model")
+    assert is_scored(cases, tmp_path / "model", 0)
+    case = cases.fold(0, 3)[1][0]
+    file = tmp_path / "model/validation/fold_0" / f"{case.name}.nii.gz"
+    before = file.stat().st_mtime_ns
+    validate_fold(model, cases, tmp_path / "model")
+    assert file.stat().st_mtime_ns == before
+    save(load(case.images[0]), case.images[0])
+    assert not is_scored(cases, tmp_path / "model", 0)
+    validate_fold(model, cases, tmp_path / "model")
+    assert file.stat().st_mtime_ns > before
 
 
 def test_a_structure_that_is_nowhere_is_not_decided_on(balls, plan, tmp_path):

@@ -101,6 +101,11 @@ def test_work_that_takes_time_takes_a_share_of_it(monkeypatch):
     assert 0.005 < spent / now[0] < 0.011
 
 
+def test_a_label_may_be_called_like_half_a_formula(tmp_path):
+    row = {"step": 1, "loss": 1.0, "dice_lesion $10^$": 0.5, "dice_other $": 0.5}
+    assert draw_history([row, row | {"step": 2}], tmp_path / "picture.png")
+
+
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not draw_history([{"step": 1, "loss": 1.0}], tmp_path / "picture.png")
@@ -197,7 +202,10 @@ def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_from_it(balls, pla
     process.communicate(timeout=60)
     assert process.returncode != 0
     state = new_state(plan, FAST, CPU)
-    state.load(folder / "fold_0.checkpoint", recipe_of(plan, FAST, Budget(steps=100_000), balls.fold(0, 3)[0]))
+    state.load(
+        folder / "fold_0.checkpoint",
+        recipe_of(plan, FAST, Budget(steps=100_000), balls.fold(0, 3)[0], folder / "cache"),
+    )
     assert state.step >= 3
     assert (folder / "fold_0.history.csv").is_file()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -42,10 +42,19 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
     return network
 
 
-def save_weights(network: nn.Module, path: str | PathLike[str]) -> None:
-    """Write a network's weights as safetensors, whole or not at all."""
+def save_weights(network: nn.Module, path: str | PathLike[str], *, recipe: str = "") -> None:
+    """Write a network's weights as safetensors, whole or not at all, with a hash of what they were trained by."""
     with written_whole(path) as beside:
-        beside.write_bytes(serialize(state_of(network)))
+        beside.write_bytes(serialize(state_of(network), {"recipe": recipe} if recipe else None))
+
+
+def recipe_in(path: Path) -> str:
+    """Return the hash that weights were written with; "" for none. Raises ModelError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("recipe", ""))
+    except (SafetensorError, OSError) as error:
+        raise ModelError("The weights cannot be read: the file is damaged.", path=path) from error
 
 
 def begin_with(network: nn.Module, start: str | PathLike[str]) -> None:

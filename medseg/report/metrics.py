@@ -195,8 +195,11 @@ def compare_labels(
     volumes. Voxels that are `ignore` in the reference do not count; where there are any, surfaces, which they would
     cut, are not compared (NaN).
 
-    Raises GeometryError (`other_grid`) where the grids differ, InputError where a volume is no label map.
+    Raises GeometryError (`other_grid`) where the grids differ, InputError where a volume is no label map, UsageError
+    for a tolerance that is no distance.
     """
+    if tolerance_mm is not None and not 0 <= tolerance_mm < math.inf:
+        raise UsageError(f"A tolerance is a distance in mm from 0; not {tolerance_mm}.")
     if not predicted.grid.matches(reference.grid):
         raise GeometryError(
             f"The prediction, of shape {predicted.grid.shape}, lies on another grid than the reference, of shape "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -96,6 +97,14 @@ def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Da
     cases = _decathlon_cases(root, told.fields) if "training" in told.fields else _folder_cases(root, told)
     if not cases:
         raise DatasetError("The dataset has 1 problem(s): there is no labelled image.", path=root)
+    twins = sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1)
+    if twins:
+        raise DatasetError(
+            f"The dataset has {len(twins)} problem(s):\n"
+            + "\n".join(f"{name}: two label files are called so; rename or remove one" for name in twins),
+            path=root,
+            reason="cases",
+        )
     missing = [f"{case.name}: {problem}" for case in cases for problem in missing_files(case)]
     if missing and check_files:
         raise DatasetError(
@@ -111,43 +120,58 @@ def missing_files(case: Case) -> list[str]:
     return [f"{part} is missing" for part, file in case.files if not file.is_file()]
 
 
-def _with_facts(cases: list[Case], path: Path, labels: Sequence[Label]) -> list[Case]:
-    """Return the cases with what cases.json says of them."""
+def read_facts(path: Path, labels: Sequence[Label]) -> dict[str, tuple[frozenset[int], str]]:
+    """Return what a cases.json says of each case that it names: the values that were not drawn, and the group.
+
+    Raises DatasetError for what makes no sense in it, or names a structure that is not in the label table.
+    """
     if not path.is_file():
-        return cases
+        return {}
     values = {label.name: label.value for label in labels}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         facts = {str(row["case"]): row for row in rows}
-        drawn = {name: [str(one) for one in row.get("structures", values)] for name, row in facts.items()}
+        drawn = {name: {str(one) for one in row.get("structures", values)} for name, row in facts.items()}
+        groups = {name: str(row.get("group") or "") for name, row in facts.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
             'The file cases.json must be a list of objects such as {"case": "a", "structures": ["liver"]}.', path=path
         ) from error
-    names = {case.name for case in cases}
-    unknown = sorted((set(facts) - names) | {one for ones in drawn.values() for one in ones if one not in values})
-    if unknown:
+    _refuse_unknown({one for ones in drawn.values() for one in ones} - set(values), path)
+    return {
+        name: (frozenset(value for one, value in values.items() if one not in drawn[name]), groups[name])
+        for name in facts
+    }
+
+
+def _with_facts(cases: list[Case], path: Path, labels: Sequence[Label]) -> list[Case]:
+    """Return the cases with what cases.json says of them."""
+    facts = read_facts(path, labels)
+    _refuse_unknown(set(facts) - {case.name for case in cases}, path)
+    told = ((case, *facts.get(case.name, (frozenset(), ""))) for case in cases)
+    return [replace(case, undrawn=undrawn, group=group) for case, undrawn, group in told]
+
+
+def _refuse_unknown(names: set[str], path: Path) -> None:
+    if names:
         raise DatasetError(
-            f"The file cases.json names cases or structures that the dataset does not have: {', '.join(unknown[:10])}.",
+            "The file cases.json names cases or structures that the dataset does not have: "
+            f"{', '.join(sorted(names)[:10])}.",
             path=path,
         )
-    return [
-        replace(
-            case,
-            undrawn=frozenset(set(values.values()) - {values[one] for one in drawn.get(case.name, values)}),
-            group=str(facts.get(case.name, {}).get("group", "")),
-        )
-        for case in cases
-    ]
 
 
 def _decathlon_cases(root: Path, content: Mapping[str, Any]) -> list[Case]:
-    pairs: Sequence[Mapping[str, str]] = content["training"]
-    return [
-        Case(_stem(Path(pair["image"]).name), (root / pair["image"],), root / pair["label"])
-        for pair in pairs
-        if "image" in pair and "label" in pair
-    ]
+    given = content["training"]
+    right = isinstance(given, list) and all(isinstance(pair, dict) for pair in given)
+    pairs = [pair for pair in given if "image" in pair and "label" in pair] if right else []
+    if not right or not all(isinstance(pair[part], str) for pair in pairs for part in ("image", "label")):
+        raise DatasetError(
+            'The field "training" of dataset.json must list pairs of one file each, such as {"image": '
+            '"imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}.',
+            path=root / "dataset.json",
+        )
+    return [Case(_stem(Path(pair["image"]).name), (root / pair["image"],), root / pair["label"]) for pair in pairs]
 
 
 def _folder_cases(root: Path, told: Description) -> list[Case]:
@@ -160,7 +184,7 @@ def _folder_cases(root: Path, told: Description) -> list[Case]:
     for label in sorted(labels.glob("*")) if labels.is_dir() else ():
         name = _stem(label.name)
         ending = label.name[len(name) :]
-        if ending not in endings:
+        if ending not in endings or name.startswith("."):
             continue
         plain = images / f"{name}{ending}"
         numbered = tuple(images / f"{name}_{place:04d}{ending}" for place in range(channels))

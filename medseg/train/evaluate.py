@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from medseg.errors import MedsegError
+from medseg.errors import MedsegError, ModelError
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.report.metrics import TOLERANCE_MM, CaseScores, Scores, compare_labels
 from medseg.train.check import read_case
-from medseg.train.dataset import Case
+from medseg.train.dataset import Case, Dataset
 from medseg.train.dataset_json import members_of
 from medseg.volume import Volume
 
@@ -41,6 +42,31 @@ def evaluate(
         if progress:
             progress(done, len(listed))
     return Scores(tuple(scored))
+
+
+def require_labels(plan: Plan, dataset: Dataset) -> None:
+    """Raise ModelError where a label of a plan means nothing, or other values, in a dataset."""
+    unknown = members_of(plan.labels, plan.regions).items() - dataset.meaning.members.items()
+    if unknown:
+        raise ModelError(
+            f"The model marks {_listed(value for value, _ in unknown)}, and the dataset has "
+            f"{_listed(dataset.meaning.members)}. Give references with the labels of the model.",
+            reason="labels",
+        )
+
+
+def _listed(values: Iterable[int]) -> str:
+    return "values " + ", ".join(map(str, sorted(values)))
+
+
+def drawn_alone(scores: Scores, facts: Mapping[str, tuple[frozenset[int], str]]) -> Scores:
+    """Return scores without those of labels that `read_facts` says were not drawn in a case, and with the groups."""
+    cases = []
+    for case in scores.cases:
+        undrawn, group = facts.get(case.name, (frozenset(), ""))
+        drawn = tuple(label for label in case.labels if label.value not in undrawn)
+        cases.append(replace(case, labels=drawn, group=group))
+    return Scores(tuple(cases))
 
 
 def compare_case(

@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 
 from medseg.errors import ModelError, OutputError
+from medseg.io.files import reading
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.weights import find_model
+from medseg.model.weights import find_model, recipe_in
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
 from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
+from medseg.train.file_hashes import FileHashes
 from medseg.train.fingerprint import Fingerprint, fingerprint
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
 from medseg.train.optimize import new_state, optimize
-from medseg.train.planner import make_plan
+from medseg.train.parallel import side_by_side
+from medseg.train.planner import make_plan, mirror_axes
 from medseg.train.ranks import joined
 from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
@@ -36,7 +39,7 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     *,
     budget: str = "30m",
     fold: int | None = 0,
-    folds: int = 5,
+    folds: int | None = None,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
     tensorboard: bool = False,
@@ -46,9 +49,9 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
 
     Without a `fold` all are trained one after the other, each with the whole budget, and the scores are pooled as
     `cross_validate` does it. What an earlier run has done is not done again.
-    A plan.json that is in the folder is followed, and a train.json too but for the number of folds: edit them to
-    decide otherwise. With `start`, a model, its plan is followed with the labels of the dataset, and its weights are
-    where the training begins.
+    A plan.json that is in the folder is followed, and a train.json too: edit them to decide otherwise. The number of
+    folds is that of train.json, or 5, unless it is given. With `start`, a model, its plan is followed with the labels
+    of the dataset, and its weights are where the training begins.
     Under torchrun several processes train it together; the first one writes, validates and returns the scores.
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
@@ -58,11 +61,11 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
             cases, plan = plan_dataset(dataset, where, start=start, device=device, progress=progress)
-        settings = _kept_settings(where).model_copy(update={"folds": folds})
+            settings = _settings_for(where, folds)
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
-        for one in range(folds) if fold is None else (fold,):
+        for one in range(settings.folds) if fold is None else (fold,):
             model = train(fold=one, tensorboard=tensorboard, progress=progress)
-            if fold is None and ranks.size == 1 and not is_scored(where, one):
+            if fold is None and ranks.size == 1 and not is_scored(cases, where, one):
                 score_fold(model, cases, where, one, progress)
         if not ranks.is_first:
             return Scores(())
@@ -89,13 +92,15 @@ def plan_dataset(
     where = Path(folder)
     checked = where / "fingerprint.json"
     cases = read_dataset(dataset, check_files=False)
-    if not _is_checked(cases, checked):
+    if not _is_checked(cases, Path(dataset), checked):
         facts = fingerprint(cases, progress=_in_stage("look", progress))
         _make_folder(where)
         facts.save(checked)
     if not (where / "plan.json").is_file():
         plan = _planned(where, pick_device(device)) if start is None else plan_from(start, cases)
-        plan.save(where / "plan.json")
+        # Measuring took seconds, in which a training of another fold may have made the plan that it now follows.
+        if not (where / "plan.json").is_file():
+            plan.save(where / "plan.json")
     return cases, Plan.load(where / "plan.json")
 
 
@@ -108,17 +113,29 @@ def _planned(where: Path, device: torch.device) -> Plan:
     return make_plan(facts, capacity)
 
 
+def _settings_for(where: Path, folds: int | None) -> TrainSettings:
+    """Return the recipe of a folder with a number of folds, which a train.json that says nothing of it then states."""
+    settings = _kept_settings(where)
+    if folds is not None:
+        stated = "folds" in settings.model_fields_set
+        settings = settings.model_copy(update={"folds": folds})
+        if not stated and (where / "train.json").is_file():
+            settings.save(where / "train.json")
+    return settings
+
+
 def _kept_settings(where: Path) -> TrainSettings:
     file = where / "train.json"
     return TrainSettings.load(file) if file.is_file() else TrainSettings()
 
 
-def _is_checked(cases: Dataset, checked: Path) -> bool:
+def _is_checked(cases: Dataset, root: Path, checked: Path) -> bool:
     if not checked.is_file() or any(missing_files(case) for case in cases):
         return False
     if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
         return False
-    return all(is_newer(checked, file) for case in cases for _, file in case.files)
+    told = [file for file in (root / "dataset.json", root / "cases.json") if file.is_file()]
+    return all(is_newer(checked, file) for file in (*told, *(file for case in cases for _, file in case.files)))
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's
@@ -140,8 +157,9 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors, fold_N.history.csv and
     fold_N.progress.png; a fold whose weights are there is not trained again. The first weights are random, or those of
     the model `start`. With `tensorboard` the history goes to tensorboard/fold_N, too.
-    Raises ModelError where the folder holds another plan, what is asked for cannot be trained, or the training
-    diverges, what reading a case raises, and UsageError where TensorBoard is not installed.
+    Raises ModelError where the folder holds another plan or weights that were trained otherwise, what is asked for
+    cannot be trained, or the training diverges, what reading a case raises, and UsageError where TensorBoard is not
+    installed.
     """
     settings = settings or TrainSettings()
     limit = Budget.parse(budget)
@@ -150,12 +168,14 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     training, validation = dataset.fold(fold, settings.folds)
     weights = where / f"fold_{fold}.safetensors"
     with joined() as ranks:
-        if ranks.is_first:
+        with ranks.first_alone():
             _claim_folder(where, plan, settings)
+            recipe = recipe_of(plan, settings, limit, training, where / "cache")
+            _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):
             state = new_state(plan, settings, pick_device(device), start)
             watch = Watch(where, fold, tensorboard=tensorboard) if ranks.is_first else None
-            files = FoldFiles(where, fold, recipe_of(plan, settings, limit, training), watch)
+            files = FoldFiles(where, fold, recipe, watch)
             files.resume(state)
             with ranks.first_alone():
                 looked_at = validation[:: -(-len(validation) // PROBE_CASES)] if watch else ()
@@ -177,10 +197,11 @@ def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> Non
     """Raise ModelError where a plan cannot be trained on a dataset in this way, with the reason."""
     if plan.previous:
         raise ModelError("A plan with a previous stage can be used, but not trained.", reason="unsupported")
-    if plan.regions != dataset.meaning.regions:
+    named = [[(label.value, label.name) for label in one.labels] for one in (plan, dataset)]
+    if named[0] != named[1] or plan.regions != dataset.meaning.regions:
         raise ModelError(
-            "The plan and the dataset have different regions: an output would be taught what it does not mean. Make "
-            "the plan anew, or give the dataset the labels of the plan.",
+            "The plan and the dataset have different labels or regions: an output would be taught what it does not "
+            "mean. Make the plan anew, or give the dataset the labels of the plan.",
             reason="labels",
         )
     if plan.regions and settings.loss not in REGION_LOSSES:
@@ -198,7 +219,7 @@ def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> Non
 
 
 def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
-    """Return the plan of a model with the labels of a dataset, to train it further.
+    """Return the plan of a model with the labels of a dataset, to train it further; its clean-up was of other labels.
 
     Raises ModelError where the dataset has other channels than the model.
     """
@@ -210,7 +231,15 @@ def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
             path=start,
             reason="channels",
         )
-    return plan.model_copy(update={"name": dataset.name, "labels": dataset.labels, "regions": dataset.meaning.regions})
+    return plan.model_copy(
+        update={
+            "name": dataset.name,
+            "labels": dataset.labels,
+            "regions": dataset.meaning.regions,
+            "mirror_axes": plan.mirror_axes if mirror_axes(dataset.labels) else (),
+            "keep_largest": (),
+        }
+    )
 
 
 def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
@@ -226,20 +255,43 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
             )
 
 
+def _check_trained_so(weights: Path, recipe: str) -> None:
+    if weights.is_file() and recipe_in(weights) != recipe:
+        raise ModelError(
+            "This fold was trained before, with another plan, dataset, budget or settings: some of what it would be "
+            "validated on may have been trained on. Use those again, train into another folder, or delete the weights "
+            "to train the fold anew.",
+            path=weights,
+            reason="trained",
+        )
+
+
 def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
     """Return what must stay the same: all but what cross-validation adds to a plan."""
     return content.model_copy(update={"keep_largest": ()}) if isinstance(content, Plan) else content
 
 
-def recipe_of(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case]) -> str:
-    """Return a hash of all that a checkpoint depends on."""
+def recipe_of(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case], cache: Path) -> str:
+    """Return a hash of all that weights depend on, what is in the files of the training cases included."""
+    cache.mkdir(exist_ok=True)
+    hashes = FileHashes(cache / "files.json")
+    content = side_by_side(partial(_content, hashes=hashes), cases)
     parts = (
         _compared(plan).model_dump_json(),
         settings.model_dump_json(),
         budget.model_dump_json(),
-        *(f"{case.name} {sorted(case.undrawn)}" for case in cases),
+        *(f"{case.name} {sorted(case.undrawn)} {case.ignore} {files}" for case, files in content),
     )
+    hashes.save()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _content(case: Case, hashes: FileHashes) -> list[str]:
+    found = []
+    for _, file in case.files:
+        with reading(file):
+            found.append(hashes.of(file))
+    return found
 
 
 def _make_folder(where: Path) -> None:

@@ -33,7 +33,7 @@ class Muon(Optimizer):
             {"params": hidden, "hidden": True},
             {"params": [weight for _, weight in named if id(weight) not in chosen], "hidden": False},
         ]
-        super().__init__(groups, {"lr": learning_rate, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": MOMENTUM})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
@@ -41,13 +41,14 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    change = self._hidden_change(weight) if group["hidden"] else self._other_change(weight)
+                    hidden = group["hidden"]
+                    change = self._hidden_change(weight, group["momentum"]) if hidden else self._other_change(weight)
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
 
-    def _hidden_change(self, weight: Tensor) -> Tensor:
+    def _hidden_change(self, weight: Tensor, share: float) -> Tensor:
         (momentum,) = self._kept(weight, "momentum")
-        momentum.lerp_(weight.grad, 1 - MOMENTUM)  # type: ignore[arg-type]
-        ahead = weight.grad.lerp(momentum, MOMENTUM).flatten(1)  # type: ignore[union-attr]
+        momentum.lerp_(weight.grad, 1 - share)  # type: ignore[arg-type]
+        ahead = weight.grad.lerp(momentum, share).flatten(1)  # type: ignore[union-attr]
         size: float = AS_ADAM * max(ahead.shape) ** 0.5 * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
         return orthogonal(ahead).view_as(weight) * size
 

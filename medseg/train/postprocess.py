@@ -60,13 +60,14 @@ def choose_largest(cases: Sequence[tuple[Case, Path]], plan: Plan, read: Reader)
         keep_largest_piece(found.array[0], every)
         after.add(case, found, reference, plan)
     plain, together = _dice(before.plain), _dice(after.plain)
-    better = fmean(together.values()) > fmean(plain.values()) if plain else False
-    kept = better and all(together[value] >= plain[value] for value in plain)
-    tried = (
-        [_line([label.name for label in plan.labels], fmean(plain.values()), fmean(together.values()), kept)]
-        if plain
-        else []
-    )
+    # A label that no reference has is gone where all that was found of it was small pieces: it has no Dice any more.
+    both = [value for value in plain if value in together]
+    tried = []
+    kept = False
+    if both:
+        old, new = (fmean(dice[value] for value in both) for dice in (plain, together))
+        kept = new > old and all(together[value] >= plain[value] for value in both)
+        tried.append(_line([label.name for label in plan.labels], old, new, kept))
     groups = [every] if kept else []
     base, alone = (together, _dice(after.alone)) if kept else (plain, _dice(before.alone))
     for label in plan.labels if len(plan.labels) > 1 else ():

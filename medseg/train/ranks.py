@@ -9,9 +9,13 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+
+PATIENCE = timedelta(days=2)
+"""How long processes wait for the first one, which prepares thousands of cases alone; torch's own is ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def joined() -> Iterator[Ranks]:
         on_gpus = torch.cuda.is_available()
         if on_gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if on_gpus else "gloo")
+        distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:

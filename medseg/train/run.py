@@ -71,7 +71,7 @@ class FoldFiles:
         if self.watch:
             self.watch.show(state, last=True)
             self.watch.close()
-            save_weights(state.average, self.folder / f"fold_{self.fold}.safetensors")
+            save_weights(state.average, self.folder / f"fold_{self.fold}.safetensors", recipe=self.recipe)
             self.checkpoint.unlink(missing_ok=True)
 
 

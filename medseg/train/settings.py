@@ -53,7 +53,7 @@ class TrainSettings(Stored):
 
     `learning_rate` is the highest of Muon, after a linear rise over `warmup` of the budget; it falls by a cosine to 0.
     `schedule` may also be "one_cycle" (with momentum running against it) or "poly" (falling from the start), and
-    `optimizer` "adamw" (which takes a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
+    `optimizer` "adamw" (which wants a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
     the gradients of `accumulate` batches. `dropout` is the share of feature maps that are left out at random.
     `checkpointing` computes stages again in the backward pass instead of keeping them. `precision` is that of
     convolutions, by default half on CUDA and float32 elsewhere. `compile` runs the network through torch.compile. With

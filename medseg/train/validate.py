@@ -1,7 +1,7 @@
 """Folds scored on the cases that they kept aside, alone and pooled, and the clean-up that this speaks for.
 
-The label maps stay in MODEL/validation until the weights change: like the cache they are patients' data, and may be
-deleted.
+The label maps stay in MODEL/validation until weights or images change: like the cache they are patients' data, and may
+be deleted.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def score_fold(model: Model, dataset: Dataset, where: Path, fold: int, progress:
     raw.plan = model.plan.model_copy(update={"keep_largest": ()})
     scored = []
     for done, case in enumerate(validation, start=1):
-        failure = _segment(raw, case, _prediction(where, fold, case), newer_than=where / f"fold_{fold}.safetensors")
+        failure = _segment(raw, case, _prediction(where, fold, case), where / f"fold_{fold}.safetensors")
         scored.append(_score(case, _prediction(where, fold, case), model.plan, failure))
         if progress:
             progress(TrainProgress("validate", done / len(validation), fold=fold))
@@ -87,7 +87,7 @@ def cross_validate(
             reason="fold",
         )
     for fold in range(folds):
-        if not is_scored(where, fold):
+        if not is_scored(dataset, where, fold):
             score_fold(Model.load(where, device=device, folds=(fold,)), dataset, where, fold, progress)
     plan = Plan.load(where / "plan.json")
     cases = [(case, _prediction(where, fold, case)) for fold in range(folds) for case in dataset.fold(fold, folds)[1]]
@@ -105,9 +105,12 @@ def cross_validate(
     return scores
 
 
-def is_scored(where: Path, fold: int) -> bool:
-    """Return whether the scores of a fold are there and of the weights that are there."""
-    return is_newer(where / f"fold_{fold}.scores.json", where / f"fold_{fold}.safetensors")
+def is_scored(dataset: Dataset, where: Path, fold: int) -> bool:
+    """Return whether the scores of a fold are there, and of the weights, images and labels that are there."""
+    _, validation = dataset.fold(fold, TrainSettings.load(where / "train.json").folds)
+    files = [file for case in validation for _, file in case.files]
+    scores = where / f"fold_{fold}.scores.json"
+    return all(is_newer(scores, file) for file in (where / f"fold_{fold}.safetensors", *files))
 
 
 def load_prediction(file: Path, reference: Volume) -> tuple[Volume, str | None]:
@@ -123,9 +126,9 @@ def _prediction(where: Path, fold: int, case: Case) -> Path:
     return where / "validation" / f"fold_{fold}" / f"{case.name}.nii.gz"
 
 
-def _segment(model: Model, case: Case, target: Path, *, newer_than: Path) -> str | None:
+def _segment(model: Model, case: Case, target: Path, weights: Path) -> str | None:
     """Write the label map of a case, unless it is there; return the reason where it cannot be made."""
-    if is_newer(target, newer_than):
+    if all(is_newer(target, file) for file in (weights, *case.images)):
         return None
     try:
         labels = model.segment(read_image(case))

@@ -167,6 +167,7 @@ def draw_history(history: Sequence[dict[str, float]], path: Path) -> bool:
         for name in names:
             rows = [row for row in history if name in row]
             label = name.removeprefix("dice_").replace("_", " ")
+            label = label.replace("$", r"\$")  # matplotlib reads formulas between dollars
             axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, marker=".")
         _dress(axes, names)
     with written_whole(path) as beside:
