@@ -462,6 +462,11 @@ def test_label_files_of_a_trained_model_lie_where_the_image_does(balls, plan, tm
     assert isinstance(new_state(plan, FAST, torch.device("cpu")), TrainState)
 
 
+def test_a_plan_with_other_channels_than_the_dataset_is_not_trained(balls, plan, tmp_path):
+    with pytest.raises(ModelError, match=r"The plan has 1 channel\(s\), the dataset 2. Make the plan anew"):
+        train_model(dataclasses.replace(balls, channels=("T1", "T2")), plan, tmp_path, budget="1steps", settings=FAST)
+
+
 def test_a_plan_with_other_regions_than_the_dataset_is_not_trained(balls, plan, tmp_path):
     regions = (Region(name="all", members=(1,), value=1),)
     with pytest.raises(ModelError, match="different labels or regions"):

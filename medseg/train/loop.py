@@ -197,6 +197,11 @@ def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> Non
     """Raise ModelError where a plan cannot be trained on a dataset in this way, with the reason."""
     if plan.previous:
         raise ModelError("A plan with a previous stage can be used, but not trained.", reason="unsupported")
+    if len(plan.channels) != len(dataset.channels):
+        raise ModelError(
+            f"The plan has {len(plan.channels)} channel(s), the dataset {len(dataset.channels)}. Make the plan anew.",
+            reason="channels",
+        )
     named = [[(label.value, label.name) for label in one.labels] for one in (plan, dataset)]
     if named[0] != named[1] or plan.regions != dataset.meaning.regions:
         raise ModelError(
@@ -273,7 +278,7 @@ def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
 
 def recipe_of(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case], cache: Path) -> str:
     """Return a hash of all that weights depend on, what is in the files of the training cases included."""
-    cache.mkdir(exist_ok=True)
+    _make_folder(cache)
     hashes = FileHashes(cache / "files.json")
     content = side_by_side(partial(_content, hashes=hashes), cases)
     parts = (

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
-PATIENCE = timedelta(days=2)
+PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which prepares thousands of cases alone; torch's own is ten minutes."""
 
 
