@@ -182,6 +182,27 @@ def test_rounding_of_the_qform_is_no_disagreement(
     nifti.read(make_nifti(tmp_path / "a.nii", **sform(affine), **fields, qoffset_x=0, qoffset_y=0, qoffset_z=0))
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_fourth_axis_holds_channels_where_as_many_are_expected(tmp_path: Path, name: str) -> None:
+    voxels = np.random.default_rng(0).integers(-500, 500, (4, 5, 6, 3)).astype(np.int16)
+    path = make_nifti(tmp_path / name, voxels, scl_slope=2, scl_inter=1)
+    volume = nifti.read(path, channels=3)
+    np.testing.assert_array_equal(volume.array, 2.0 * voxels.transpose(3, 0, 1, 2) + 1)
+    assert volume.grid.affine.tolist() == AFFINE.tolist()
+    assert nifti.read_grid(path).matches(volume.grid)
+    labels = volume.with_array((volume.array[:1] > 0).astype(np.uint8))
+    nifti.write(labels, tmp_path / f"labels_{name}", geometry_of=path)
+    assert nifti.read(tmp_path / f"labels_{name}", channels=3).array.shape == (1, 4, 5, 6)
+    for channels, text in (
+        (1, "with one value in each voxel"),
+        (2, "one value, or 2 along a fourth axis, in each voxel"),
+    ):
+        with pytest.raises(NotAVolume, match=text):
+            nifti.read(path, channels=channels)
+    with pytest.raises(NotAVolume):
+        nifti.read(make_nifti(tmp_path / f"vectors_{name}", voxels[..., None, :]), channels=3)
+
+
 # What is refused
 
 

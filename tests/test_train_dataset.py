@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 from datasets import make_balls
 
 from medseg.errors import DatasetError, ModelError
 from medseg.io import load, save
+from medseg.model.run import segment_file
+from medseg.model.segmenter import Model
 from medseg.train import loop
 from medseg.train.dataset import Dataset, read_dataset
 from medseg.train.dataset_json import Meaning
@@ -48,6 +51,33 @@ def test_nnunets_raw_layout_with_two_channels(tmp_path):
         ["a_0000.nrrd", "a_0001.nrrd"],
         ["b_0000.nrrd", "b_0001.nrrd"],
     ]
+
+
+def test_channels_along_the_fourth_axis_are_as_good_as_files_of_their_own(tmp_path):
+    apart = make_balls(tmp_path / "apart", cases=3)
+    joined = tmp_path / "joined"
+    shutil.copytree(apart / "labels", joined / "labelsTr")
+    (joined / "imagesTr").mkdir()
+    names = [f"case_{case}.nii.gz" for case in range(3)]
+    for name in names:
+        image = nibabel.load(apart / "images" / name)
+        first = image.get_fdata().astype(np.float32)
+        nibabel.save(
+            nibabel.Nifti1Image(first**2, None, image.header), apart / "images" / name.replace(".", "_0001.", 1)
+        )
+        shutil.move(apart / "images" / name, apart / "images" / name.replace(".", "_0000.", 1))
+        both = nibabel.Nifti1Image(np.stack([first, first**2], axis=-1), image.affine, image.header)
+        nibabel.save(both, joined / "imagesTr" / name)
+    channels, labels = {"0": "T1", "1": "T2"}, {"1": "ball"}
+    write(apart, name="x", channel_names=channels, labels={"ball": 1}, file_ending=".nii.gz")
+    pairs = [{"image": f"imagesTr/{name}", "label": f"labelsTr/{name}"} for name in names]
+    write(joined, name="x", modality=channels, labels=labels, training=pairs)
+    one, other = fingerprint(read_dataset(apart)), fingerprint(read_dataset(joined))
+    assert one == other
+    scores = train_dataset(joined, tmp_path / "model", budget="1steps", folds=3)
+    assert len(scores.cases) == 1
+    segment_file(Model.load(tmp_path / "model"), joined / "imagesTr" / names[0], tmp_path / "labels.nii.gz")
+    assert load(tmp_path / "labels.nii.gz").grid.matches(load(joined / "labelsTr" / names[0]).grid)
 
 
 def test_the_decathlons_layout(tmp_path):

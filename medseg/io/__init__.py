@@ -20,17 +20,19 @@ VOLUME_ENDINGS = (*nifti.WRITTEN_ENDINGS, *itk.WRITTEN_ENDINGS)
 """How the names of volumes end that can be read and written."""
 
 
-def load(path: AnyPath | Sequence[AnyPath], *, assume_orientation: str | None = None) -> Volume:
+def load(path: AnyPath | Sequence[AnyPath], *, assume_orientation: str | None = None, channels: int = 1) -> Volume:
     """Return the image that `path` holds: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
 
     Several paths give one volume with their images as channels, on the grid of the first. The others are resampled
     onto it (cubic, 0 outside) where their files share its frame of reference; without one, the grids must match.
     `assume_orientation` says where the stored axes point ("RAS": i to the right, j to the front, k to the head) in
     files that do not say so themselves; such an image is centered at 0 0 0. It changes nothing for other files.
+    One NIfTI file may hold several `channels` along its fourth axis, where that many are expected; else a fourth axis
+    is time, and refused.
     Raises UnreadableFile, NotAVolume, UnknownOrientation or SeriesRefused, and GeometryError for unrelated channels.
     """
     if isinstance(path, str | os.PathLike):
-        return _load_one(Path(path), assume_orientation)
+        return _load_one(Path(path), assume_orientation, channels)
     paths = [Path(one) for one in path]
     if not paths:
         raise UsageError("At least one image is needed, and the list of them is empty.")
@@ -88,10 +90,10 @@ def _format(path: Path) -> Literal["dicom", "itk", "nifti"]:
     )
 
 
-def _load_one(path: Path, assume_orientation: str | None) -> Volume:
+def _load_one(path: Path, assume_orientation: str | None, channels: int = 1) -> Volume:
     kind = _format(path)
     if kind == "nifti":
-        return nifti.read(path, assume_orientation=assume_orientation)
+        return nifti.read(path, assume_orientation=assume_orientation, channels=channels)
     if kind == "itk":
         return itk.read(path, assume_orientation=assume_orientation)
     from medseg.io import dicom_series

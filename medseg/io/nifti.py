@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ _GEOMETRY = (
 )
 
 
-def read(path: str | os.PathLike[str], *, assume_orientation: str | None = None) -> Volume:
-    """Return the image of a NIfTI file, one channel, in mm.
+def read(path: str | os.PathLike[str], *, assume_orientation: str | None = None, channels: int = 1) -> Volume:
+    """Return the image of a NIfTI file, in mm: one channel, or as many as asked for where its fourth axis has them.
 
     Integers keep their type unless the header scales them; scaled values are float32, or float64 where 32 bits are
     stored. Warns where other programs will read another place. `assume_orientation` serves files with both codes 0.
@@ -64,17 +65,20 @@ def read(path: str | os.PathLike[str], *, assume_orientation: str | None = None)
     path = Path(path)
     with reading(path):
         header = _header(path)
-        shape, dtype = _shape(header), _stored_type(header)
-        grid = _grid(header, shape, assume_orientation)
+        (*shape, found), dtype = _shape(header, channels), _stored_type(header)
+        grid = _grid(header, (shape[0], shape[1], shape[2]), assume_orientation)
         _warn_of_other_places(header, grid)
-        return Volume(_scaled(_voxels(path, header, shape, dtype), header)[None], grid)
+        return Volume(np.moveaxis(_scaled(_voxels(path, header, (*shape, found), dtype), header), -1, 0), grid)
 
 
 def read_grid(path: str | os.PathLike[str], *, assume_orientation: str | None = None) -> Grid:
-    """Return where the voxels of a NIfTI file lie, from its header alone; raises as `read` does."""
+    """Return where the voxels of a NIfTI file lie, from its header alone; raises as `read` does.
+
+    How many there are along a fourth axis makes no difference.
+    """
     with reading(path):
         header = _header(Path(path))
-        return _grid(header, _shape(header), assume_orientation)
+        return _grid(header, _shape(header, int(header["dim"][4]))[:3], assume_orientation)
 
 
 def frame_of_reference(path: str | os.PathLike[str]) -> str | None:
@@ -131,7 +135,8 @@ def _header(path: Path) -> Nifti1Header:
     raise UnreadableFile("A NIfTI header was expected and something else came. Check what the file really is.")
 
 
-def _shape(header: Nifti1Header) -> tuple[int, int, int]:
+def _shape(header: Nifti1Header, channels: int) -> tuple[int, int, int, int]:
+    """Return the edges of an image and its channels: one, or as many as are expected."""
     count, *sizes = (int(n) for n in header["dim"])
     if not 1 <= count <= 7 or min(sizes[:count]) < 1:
         raise UnreadableFile("The header gives no sensible number of voxels: it is damaged. Export the file again.")
@@ -139,13 +144,14 @@ def _shape(header: Nifti1Header) -> tuple[int, int, int]:
     if count == 1:
         raise NotAVolume("A 3-D image was expected; this file holds one row of numbers.", reason="one_row")
     values = int(np.prod(shape[3:], dtype=object))
-    if values > 1:
+    if values > 1 and not values == shape[3] == channels:
+        expected = "one value" if channels <= 1 else f"one value, or {channels} along a fourth axis,"
         raise NotAVolume(
-            f"One 3-D image with one value in each voxel was expected; here are {values}, over time or as vectors. "
+            f"One 3-D image with {expected} in each voxel was expected; here are {values}, over time or as vectors. "
             "Save the one to use as a file of its own.",
             reason="several_frames" if shape[3] > 1 else "vectors",
         )
-    return shape[0], shape[1], shape[2]
+    return shape[0], shape[1], shape[2], values
 
 
 def _stored_type(header: Nifti1Header) -> np.dtype[np.generic]:
@@ -246,7 +252,7 @@ def _voxels(path: Path, header: Nifti1Header, shape: tuple[int, ...], dtype: np.
     data = _part(path, ".img")
     packed = _is_packed(data)
     offset = float(header["vox_offset"])
-    size = dtype.itemsize * shape[0] * shape[1] * shape[2]
+    size = dtype.itemsize * math.prod(shape)
     least = 0 if data.suffix.lower() == ".img" else int(header["sizeof_hdr"]) + 4
     room = data.stat().st_size * (LARGEST_GZIP_RATIO if packed else 1)
     if not least <= offset <= room - size:

@@ -134,7 +134,8 @@ class _Job:
 
     def read(self) -> Volume:
         with self.report.stage("read"):
-            return load(self.source, assume_orientation=self.options.assume_orientation)
+            channels = len(self.model.plan.channels)
+            return load(self.source, assume_orientation=self.options.assume_orientation, channels=channels)
 
     def segment(self, volume: Volume, progress: Progress | None) -> tuple[Volume, SoftMaps | None]:
         options, soft = self.options, None

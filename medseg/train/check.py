@@ -31,7 +31,7 @@ class Findings:
 
 def read_image(case: Case) -> Volume:
     """Return the image of a case with all its channels."""
-    return load(case.images if len(case.images) > 1 else case.images[0])
+    return load(case.images) if len(case.images) > 1 else load(case.images[0], channels=case.channels)
 
 
 def read_case(case: Case) -> tuple[Volume, Volume]:

@@ -23,7 +23,7 @@ FOLD_SEED = 12345
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled image: a name, one file per channel, and the file of its labels.
+    """One labelled image: a name, one file per channel or one with all `channels`, and the file of its labels.
 
     `undrawn` are the values of structures that nobody drew here: they may be there, but the labels do not say where.
     Of voxels with the value `ignore` nothing is known. Cases of one `group` (a patient) stay together: no fold trains
@@ -36,6 +36,7 @@ class Case:
     undrawn: frozenset[int] = frozenset()
     group: str = ""
     ignore: int | None = None
+    channels: int = 1
 
     @property
     def files(self) -> tuple[tuple[str, Path], ...]:
@@ -110,7 +111,8 @@ def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Da
         raise DatasetError(
             f"The dataset has {len(missing)} problem(s):\n" + "\n".join(missing), path=root, reason="cases"
         )
-    cases = [replace(case, ignore=told.meaning.ignore) for case in sorted(cases, key=lambda case: case.name)]
+    ignore, channels = told.meaning.ignore, len(told.channels)
+    cases = [replace(case, ignore=ignore, channels=channels) for case in sorted(cases, key=lambda case: case.name)]
     cases = _with_facts(cases, root / "cases.json", told.meaning.labels)
     return Dataset(told.name, told.channels, told.meaning, tuple(cases))
 

@@ -166,7 +166,7 @@ def _draw_examples(scores: Scores, cases: Sequence[Case], where: Path, fold: int
     chosen = {"worst": 0, "middle": len(order) // 2} if order else {}
     for name, place in chosen.items():
         case, stem = order[place], where / "validation" / f"fold_{fold}.{name}"
-        image, reference = load(case.images[0]), load(case.label)
+        image, reference = read_image(case), load(case.label)
         found, _ = load_prediction(_prediction(where, fold, case), reference)
         for labels, kind in ((found, "found"), (reference, "reference")):
             title = f"{case.name}: {kind}, Dice {dice[case.name]:.3f}"
