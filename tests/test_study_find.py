@@ -272,6 +272,39 @@ class TestPlaces:
         problems = {study.uid: [error.path.name for error in study.problems] for study in find_studies(tmp_path)}
         assert problems == {"1.2": ["cut.dcm"], "1.3": [], "": ["cut"]}
 
+    @pytest.mark.parametrize("name", ["last.dcm", "LAST.IMA", "last", "IM.0007", "1.2.840.113619"])
+    def test_a_slice_of_which_nothing_is_left_is_missed_by_every_reader(self, tmp_path, name):
+        write_series(tmp_path / "a", StudyInstanceUID="1.2")
+        (tmp_path / "a" / name).write_bytes(b"\0" * 131)
+        with pytest.raises(UnreadableFile, match="is empty") as caught:
+            read(tmp_path / "a")
+        assert (caught.value.reason, caught.value.path) == ("unreadable", tmp_path / "a" / name)
+        (study,) = find_studies(tmp_path)
+        assert [(error.reason, error.path) for error in study.problems] == [("unreadable", tmp_path / "a" / name)]
+        (entry,) = find_cohort(tmp_path)
+        assert tmp_path / "a" / name in entry.files  # so that the study fails of it
+        shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "a")
+        with opened(tmp_path / "packed.zip") as folder, pytest.raises(UnreadableFile, match="is empty"):
+            read(next(folder.iterdir()))
+
+    @pytest.mark.parametrize(
+        "name",
+        ["DICOMDIR", ".DS_Store", "._1.dcm", "Thumbs.db", "notes.txt", "a.bval", "x.NII.GZ", "readme", "below/stub"],
+    )
+    def test_what_may_lie_beside_slices_is_passed_over(self, tmp_path, name):
+        write_series(tmp_path / "a", StudyInstanceUID="1.2")
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(b"no DICOM " * (20 if name == "readme" else 1))
+        assert read(tmp_path / "a").grid.shape == (6, 4, 5)
+        (study,) = find_studies(tmp_path)
+        assert not study.problems
+        (entry,) = find_cohort(tmp_path)
+        assert len(entry.files) == 5
+        shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "a")
+        with opened(tmp_path / "packed.zip") as folder:
+            (study,) = find_studies(folder)
+            assert not study.problems
+
     def test_nothing_there(self, tmp_path):
         assert find_studies(tmp_path) == []
         with pytest.raises(UnreadableFile, match="no DICOM file here"):

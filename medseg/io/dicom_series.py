@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
 from medseg.io.dicom_pixels import Native, read_pixels
-from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
+from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, read_headers
 from medseg.io.files import reading
 from medseg.volume import Array, Grid, Volume
 
@@ -74,12 +74,20 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
 
     Files of any name count; DICOMDIR and files that are not DICOM are passed over. Files with a blank
     SeriesInstanceUID count as one series per folder. The path of a file stands for that file alone.
-    Raises UnreadableFile where the path is missing, or a file is DICOM but its header is cut off.
+    Raises UnreadableFile where the path is missing, a file is DICOM but its header is cut off, or a file beside slices
+    might be what is left of one.
     """
     groups: dict[tuple[str, Path | None], list[Slice]] = {}
+    others = []
     for path in _files(Path(folder)):
-        for part in read_headers(path):
+        parts = read_headers(path)
+        if not parts:
+            others.append(path)
+        for part in parts:
             groups.setdefault((part.series_uid, None if part.series_uid else path.parent), []).append(part)
+    folders = {part.path.parent for slices in groups.values() for part in slices}
+    for lost in lost_slices((file for file in others if file.parent in folders), folders):
+        raise lost
     return [make_series(slices) for slices in groups.values()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,20 @@ REFUSALS = {
 }
 """Why a file cannot be read, the most telling reason first."""
 
+DICOM_ENDINGS = frozenset({".dcm", ".ima"})
+"""How names end that say of a file that it is DICOM."""
+
+OTHER_ENDINGS = frozenset({
+    ".txt", ".md", ".log", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".htm", ".css", ".js", ".pdf",
+    ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico", ".nii", ".gz", ".zip", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr",
+    ".bval", ".bvec", ".mat", ".py", ".sh", ".bat", ".exe", ".ini", ".inf", ".cfg", ".db", ".lnk", ".url", ".md5",
+    ".sha256", ".sha512",
+})  # fmt: skip
+"""How names of files end that lie beside slices and are none."""
+
+LEAST_BYTES = 132
+"""The preamble of a DICOM file and its prefix (PS3.10 7.1): a shorter file is none, or what is left of one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Slice:
@@ -110,6 +125,27 @@ def read_headers(path: Path) -> list[Slice]:
         headers = frame_headers(data)
         description, native = _described(data), locate(file, data, headers[0])
         return [_slice(path, frame, header, description, native) for frame, header in enumerate(headers)]
+
+
+def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[UnreadableFile]:
+    """Return an error for each of the files, none of which is DICOM, that might be what is left of a slice.
+
+    That are those called .dcm and, in `folders`, which hold slices, those called .ima or too short to be DICOM. A
+    DICOMDIR, hidden files, and those that other endings tell to be something else may lie beside slices.
+    """
+    found = []
+    for file in others:
+        ending, beside = file.suffix.lower(), file.parent in folders
+        if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS:
+            continue
+        if ending == ".dcm" or (beside and ending in DICOM_ENDINGS):
+            text = f"A file is called {ending} and is empty, damaged or no DICOM. Copy or export it again."
+        elif beside and file.stat().st_size < LEAST_BYTES:
+            text = "A file beside the slices is empty or too short: a slice may be missing. Copy or export it again."
+        else:
+            continue
+        found.append(UnreadableFile(text, path=file))
+    return found
 
 
 def read_study_uid(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, UnreadableFile
+from medseg.io.dicom_slice import DICOM_ENDINGS, OTHER_ENDINGS
 from medseg.io.files import reading
 
 LARGEST_ARCHIVE = 32 * 2**30
@@ -43,6 +44,7 @@ def is_archive(path: Path) -> bool:
 def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: int = LARGEST_ARCHIVE) -> None:
     """Write the files of a zip archive to a folder, under numbers for names, each folder of the archive in its own.
 
+    Endings that say what a file is stay, and hidden files and a DICOMDIR are hidden, for `lost_slices` to tell.
     Raises InputError (`unsafe_archive`) for members that point elsewhere, are encrypted, or unpack to more than
     `largest` bytes in all, and UnreadableFile for an archive that is damaged.
     """
@@ -52,9 +54,12 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
             _check(members)
             folders: dict[PurePosixPath, Path] = {}
             for number, member in enumerate(members):
-                home = PurePosixPath(member.filename).parent
+                named = PurePosixPath(member.filename)
+                home, ending = named.parent, named.suffix.lower()
+                hidden = "." if named.name.startswith(".") or named.name.upper() == "DICOMDIR" else ""
+                ending = ending if ending in DICOM_ENDINGS | OTHER_ENDINGS else ""
                 folders.setdefault(home, Path(folder) / str(len(folders))).mkdir(exist_ok=True)
-                largest -= _copy(archive, member, folders[home] / str(number), largest)
+                largest -= _copy(archive, member, folders[home] / f"{hidden}{number}{ending}", largest)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UnreadableFile("The archive is damaged or no zip. Copy or pack it again.", path=path) from error
 

@@ -15,7 +15,7 @@ from medseg.errors import MedsegError, UnreadableFile
 from medseg.io.dicom_geometry import parallel
 from medseg.io.dicom_header import silence
 from medseg.io.dicom_series import Series, make_series
-from medseg.io.dicom_slice import VARIANTS, Slice
+from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
 
@@ -54,14 +54,16 @@ def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) ->
     """Return the studies that these files belong to, as `find_studies` does; `problems` are those met before."""
     problems = [*problems]
     found: dict[str, list[Slice]] = {}
+    others = []
     for file, parts in all_headers(files):
         if isinstance(parts, MedsegError):
             problems.append(parts)
             continue
-        if not parts and (problem := no_dicom(file)):
-            problems.append(problem)
+        if not parts:
+            others.append(file)
         for part in parts:
             found.setdefault(part.study_uid or str(file.parent), []).append(part)
+    problems += lost_slices(others, {part.path.parent for slices in found.values() for part in slices})
     return [*_with_problems([_study(slices) for slices in found.values()], problems)]
 
 
@@ -76,15 +78,6 @@ def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
 
     below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
     return sorted(file for file in below if file.is_file())
-
-
-def no_dicom(file: Path) -> UnreadableFile | None:
-    """Return the error for a file that is no DICOM though its name says that it should be one."""
-    if file.suffix.lower() != ".dcm" or file.name.startswith("."):
-        return None
-    return UnreadableFile(
-        "A file is called .dcm and is empty, damaged or no DICOM. Copy or export it again.", path=file
-    )
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
