@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import sys
 import warnings
@@ -39,6 +39,7 @@ from medseg.cli_show import (
     print_table,
     progress,
     show_outcomes,
+    show_segmented,
     tiles,
 )
 from medseg.cli_train import evaluate, plan, train
@@ -168,12 +169,13 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     as_json: AsJson = False,
 ) -> None:
     """Segment a scan, or each scan of a folder; labels are written on the scan's own grid."""
-    from medseg.io.files import written_whole
     from medseg.model.run import Options, Outcome, segment_file, segment_folder, volume_files
     from medseg.model.segmenter import Model
 
+    channels = _channels(source)
+    if report is not None:
+        _check_report(report, channels, target)
     loaded = Model.load(model, device=device, runtime=runtime, threads=threads, precision=precision)
-    channels = tuple(Path(part) for part in source.split(","))
     extras = (probabilities, uncertainty, expected_volumes)
     options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras)
     outcomes: list[Outcome]
@@ -184,17 +186,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         else:
             scan = first if len(channels) == 1 else channels
             outcomes = [segment_file(loaded, scan, target, options, progress=tiles(show))]
-    content = [outcome.to_dict() for outcome in outcomes]
-    if report is not None:
-        with written_whole(report) as beside:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(content)
-    for outcome in outcomes:
-        if outcome.error is not None:
-            print_error(outcome.error, outcome.source)
-        elif not as_json:
-            print_measurements(str(outcome.target), outcome.measurements)
+    show_segmented(outcomes, report, as_json=as_json)
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
 
@@ -299,6 +291,19 @@ def demo(
     out.print(
         f"Look at {folder / 'overlay.png'}; the labels are {folder / 'labels.nii.gz'}.", highlight=False, soft_wrap=True
     )
+
+
+def _channels(text: str) -> tuple[Path, ...]:
+    """Return the channels of a scan: the paths between commas, or one path that has commas in it."""
+    return (Path(text),) if os.path.lexists(text) else tuple(Path(part) for part in text.split(","))
+
+
+def _check_report(report: Path, channels: tuple[Path, ...], target: Path) -> None:
+    from medseg.io.files import check_place
+
+    check_place(report, channels)
+    if report.resolve() == target.resolve():
+        raise UsageError("The report would replace the labels: give it another name.", path=report)
 
 
 def _box(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

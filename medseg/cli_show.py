@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.table import Table
 from medseg.errors import MedsegError
 
 if TYPE_CHECKING:
+    from medseg.model.run import Outcome as Segmented
     from medseg.report.measurements import Measurement
     from medseg.report.metrics import Scores
     from medseg.study.batch import Progress as BatchProgress
@@ -138,6 +140,23 @@ def print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
         for line, row in zip(rows, measurements, strict=True):
             line["expected_volume_ml"] = row.expected_volume_ml
     print_table(title, rows)
+
+
+def show_segmented(outcomes: Sequence[Segmented], report: Path | None, *, as_json: bool) -> None:
+    """Show the measurements or the error of each scan; after that, write all of it to the report."""
+    from medseg.io.files import written_whole
+
+    content = [outcome.to_dict() for outcome in outcomes]
+    if as_json:
+        print_json(content)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            print_error(outcome.error, outcome.source)
+        elif not as_json:
+            print_measurements(str(outcome.target), outcome.measurements)
+    if report is not None:
+        with written_whole(report) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:

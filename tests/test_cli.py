@@ -9,6 +9,7 @@ import nnunet_files
 import numpy as np
 import pytest
 from datasets import make_balls, make_shells
+from dicom_files import some_labels, write_source
 from models import threshold_model, tiny_model
 from test_model_segmenter import ball
 
@@ -169,6 +170,72 @@ def test_segment_a_box(run, scan, model_folder, tmp_path):
     outside = np.ones(labels.shape, bool)
     outside[1:10, 0:5, 0:4] = False
     assert (labels[outside] == 0).all()
+
+
+def test_no_input_is_replaced(run, scan, model_folder, tmp_path):
+    (tmp_path / "link.nii.gz").symlink_to(scan)
+    (tmp_path / "x_uncertainty.nii.gz").write_bytes(scan.read_bytes())
+    save(threshold_model(50).segment(load(scan)), tmp_path / "labels.nii.gz")
+    (tmp_path / "names.json").write_text('{"labels": {"ball": 1}}')
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    for command in [
+        ("segment", model_folder, scan, scan),
+        ("segment", model_folder, scan, tmp_path / "model" / ".." / scan.name),
+        ("segment", model_folder, tmp_path / "link.nii.gz", scan),
+        ("segment", model_folder, f"{tmp_path / 'labels.nii.gz'},{scan}", scan),
+        ("segment", model_folder, tmp_path / "x_uncertainty.nii.gz", tmp_path / "x.nii.gz", "--uncertainty"),
+        ("segment", model_folder, scan, tmp_path / "out.nii.gz", "--report", scan),
+        ("segment", model_folder, scan, tmp_path / "out.nii.gz", "--report", tmp_path / "out.nii.gz"),
+        ("convert", scan, scan),
+        ("report", scan, tmp_path / "labels.nii.gz", tmp_path / "names.json", "--labels", tmp_path / "names.json"),
+    ]:
+        code, _, err = run(*command)
+        assert code == 2
+        assert "would replace" in err
+        assert "Traceback" not in err
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+def test_no_slice_is_replaced_by_labels_of_its_series(run, tmp_path):
+    write_source(tmp_path / "ct")
+    save(some_labels(load(tmp_path / "ct").grid), tmp_path / "labels.nii.gz")
+    slice_of_it = min((tmp_path / "ct").iterdir())
+    slice_of_it = slice_of_it.rename(slice_of_it.with_suffix(".dcm"))
+    content = slice_of_it.read_bytes()
+    for command in (
+        ("convert", tmp_path / "labels.nii.gz", slice_of_it, "--source", tmp_path / "ct"),
+        ("convert", tmp_path / "labels.nii.gz", slice_of_it, "--source", tmp_path / "ct", "--to", "rtstruct"),
+        ("report", tmp_path / "ct", tmp_path / "labels.nii.gz", slice_of_it),
+    ):
+        code, _, err = run(*command)
+        assert code == 2
+        assert "would replace" in err
+    assert slice_of_it.read_bytes() == content
+
+
+@pytest.mark.parametrize("options", [("out.txt",), ("no/out.nii.gz",), ("model",), ("a.nrrd", "--report", "no/r.json")])
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    run, scan, model_folder, tmp_path, monkeypatch, options
+):
+    def work(*_args: object, **_options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("medseg.model.run.load", work)
+    code, _, err = run("segment", model_folder, scan, *options)
+    assert code == 1
+    assert err.startswith(f"medseg: {options[-1]}: The ")
+
+
+def test_results_are_shown_though_a_report_could_not_be_written(run, scan, model_folder, tmp_path, monkeypatch):
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("json.dumps", full)
+    code, out, err = run("segment", model_folder, scan, tmp_path / "a.nii.gz", "--report", tmp_path / "r.json")
+    assert code == 1
+    assert "ball" in out
+    assert "No space left" in err
 
 
 @pytest.mark.parametrize("box", ["1,2,3", "a,b,c,d,e,f"])

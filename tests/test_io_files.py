@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import GeometryError, NotAVolume, OutputError, UnknownOrientation, UnreadableFile, UsageError
-from medseg.io.files import assumed_grid, placed_grid, reading, written_whole
+from medseg.io.files import assumed_grid, check_place, placed_grid, reading, written_whole
 
 
 @contextmanager
@@ -68,6 +68,26 @@ def test_a_folder_that_is_none_is_an_output_error(tmp_path: Path, name: str, cau
         beside.write_bytes(b"anything")
     assert caught.value.path == tmp_path / name
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("missing/labels.nii", "its folder does not exist"),
+        ("file/labels.nii", "its folder does not exist"),
+        ("folder", "a folder has that name"),
+        (f"{'a' * 300}.nii", "File name too long"),
+    ],
+)
+def test_a_place_is_checked_before_the_work(tmp_path: Path, name: str, cause: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match=f"cannot be written: {cause}") as caught:
+        check_place(tmp_path / name)
+    assert caught.value.path == tmp_path / name
+    check_place(tmp_path / "file", [tmp_path / "folder", tmp_path / "missing"])
+    with pytest.raises(UsageError, match="would replace an input"):
+        check_place(tmp_path / "file", [tmp_path / "folder" / ".." / "file"])
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg.errors import GeometryError, OutputError, UnreadableFile, UsageError
 from medseg.io import itk, nifti
-from medseg.io.files import reading
+from medseg.io.files import check_place, reading
 from medseg.volume import Array, Grid, Volume
 
 AnyPath = str | os.PathLike[str]
@@ -54,9 +54,7 @@ def save(volume: Volume, path: AnyPath, *, source: AnyPath | None = None) -> Non
     Raises OutputError, and GeometryError where volume and source lie on different grids.
     """
     path = Path(path)
-    to_itk = path.name.lower().endswith(itk.WRITTEN_ENDINGS)
-    if not to_itk and not path.name.lower().endswith(nifti.WRITTEN_ENDINGS):
-        raise OutputError("The name of an output ends in .nii.gz, .nii, .nrrd or .mha.", path=path, reason="format")
+    _check_ending(path)
     if len(volume.array) != 1:
         raise OutputError(
             f"A file holds one channel and this volume has {len(volume.array)}. Save each channel on its own.",
@@ -66,11 +64,25 @@ def save(volume: Volume, path: AnyPath, *, source: AnyPath | None = None) -> Non
     if source is not None:
         _check_source(volume.grid, Path(source))
     stored = volume.with_array(_compact(volume.array))
-    if to_itk:
+    if path.name.lower().endswith(itk.WRITTEN_ENDINGS):
         itk.write(stored, path)
     else:
         from_nifti = source is not None and _format(Path(source)) == "nifti"
         nifti.write(stored, path, geometry_of=source if from_nifti else None)
+
+
+def check_output(path: AnyPath, inputs: Iterable[AnyPath]) -> None:
+    """Check before the work that `save` can write a file of this name, and that it replaces none of the inputs.
+
+    Raises OutputError for another ending, and what `check_place` raises.
+    """
+    _check_ending(Path(path))
+    check_place(path, inputs)
+
+
+def _check_ending(path: Path) -> None:
+    if not path.name.lower().endswith(VOLUME_ENDINGS):
+        raise OutputError("The name of an output ends in .nii.gz, .nii, .nrrd or .mha.", path=path, reason="format")
 
 
 def _format(path: Path) -> Literal["dicom", "itk", "nifti"]:

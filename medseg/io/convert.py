@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import UsageError
-from medseg.io import AnyPath, save
+from medseg.io import AnyPath, check_output, save
+from medseg.io.files import check_place
 from medseg.io.label_table import read_table, write_table
 from medseg.io.structures import beside, load_labels, object_kind, stem
 from medseg.labels import Label
@@ -31,8 +32,8 @@ def convert(
     A name that ends in .dcm makes a DICOM object of labels, one of the DICOM_KINDS (by default "seg"), that refers to
     the series `source`; SEG and RT Structure Sets are read onto the grid of `source`. The names of labels come from the
     file `table`, or NAME.labels.json beside the labels, and are written there. Labels that overlap become one mask
-    each, with the value in its name. Raises UsageError where `source` is missing or `kind` makes no sense, and what
-    reading and writing raise.
+    each, with the value in its name. Raises UsageError where `source` is missing, `kind` makes no sense, or an input
+    would be replaced, and what reading and writing raise.
     """
     path, target = Path(path), Path(target)
     to_object = target.name.lower().endswith(".dcm")
@@ -41,6 +42,11 @@ def convert(
             f"A file that ends in .dcm is one of {', '.join(DICOM_KINDS)} (medseg report writes SR); other files take "
             "no kind."
         )
+    inputs = [one for one in (path, source, table) if one is not None]
+    if to_object:
+        check_place(target, inputs)
+    else:
+        check_output(target, inputs)
     held = object_kind(path)
     if source is None and to_object:
         raise UsageError("A DICOM object of labels belongs to a series: give its folder as the source.")

@@ -24,6 +24,7 @@ from medseg.io.dicom_geometry import LPS_TO_RAS
 from medseg.io.dicom_header import parsing, silence
 from medseg.io.dicom_series import Series, choose
 from medseg.io.dicom_slice import Slice
+from medseg.io.files import check_place
 from medseg.labels import Label
 from medseg.volume import Grid
 
@@ -160,13 +161,15 @@ def check_frame_of_reference(stated: str, series: Series, path: Path) -> None:
 
 
 @contextmanager
-def referring(path: Path) -> Iterator[None]:
+def referring(path: Path, slices: Sequence[Slice]) -> Iterator[None]:
     """Turn what the DICOM libraries raise for values that they do not take into OutputError, and keep them silent.
 
-    What our own code raises is a bug of ours and stays what it is.
+    What our own code raises is a bug of ours and stays what it is. Raises what `check_place` raises, for a `path` that
+    is one of the slices that the object refers to, too.
     """
     from pydicom.errors import BytesLengthException
 
+    check_place(path, {part.path for part in slices})
     log = logging.getLogger("highdicom")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)

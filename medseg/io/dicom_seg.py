@@ -96,7 +96,7 @@ def write(
         warnings.warn("Labels overlap, which a label map cannot hold: the SEG is binary.", stacklevel=3)
         labelmap = False
     sources = headers(slices)
-    with referring(path):
+    with referring(path, slices):
         if "NumberOfFrames" in sources[0]:
             sources, regions = _enhanced(slices, sources, regions)
         segmentation = _segmentation(regions, sources, labelmap, algorithm)

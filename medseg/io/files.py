@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +45,28 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def check_place(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Check before the work what `written_whole` would find after it, and that the file is not one of the inputs.
+
+    Raises UsageError where it would replace an input, under whatever name, and OutputError where it is a folder, or its
+    folder is missing or may not be written to.
+    """
+    path, cause = Path(path), ""
+    try:
+        if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
+            raise UsageError("The output would replace an input: give it another name or folder.", path=path)
+        if path.is_dir():
+            cause = "a folder has that name"
+        elif not path.parent.is_dir():
+            cause = "its folder does not exist"
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            cause = "its folder may not be written to"
+    except OSError as error:
+        cause = error.strerror or "the system gives no cause"
+    if cause:
+        raise OutputError(f"The file cannot be written: {cause}. Give another name, or mend that.", path=path)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def write(
         return None
     path = Path(path)
     sources = headers(slices)
-    with referring(path):
+    with referring(path, slices):
         data = _structure_set(regions.labels, sources, algorithm)
         contours = _contours(regions, slices, sources)
         data.ROIContourSequence = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import MedsegError, OutputError, UsageError
-from medseg.io import VOLUME_ENDINGS, load, save
+from medseg.io import VOLUME_ENDINGS, check_output, load, save
 from medseg.model.segmenter import Box, Model
 from medseg.model.soft import SoftMaps
 from medseg.model.timing import Report
@@ -74,9 +74,12 @@ def segment_file(
     """Return the measurements of one input and write its label map to `target`, on the grid of the (first) source.
 
     `source` is a volume, a DICOM series folder, or a tuple of them, one for each channel.
-    Raises what reading, segmenting or writing raises.
+    Raises UsageError where an output would replace an input, and what reading, segmenting or writing raises; what can
+    be known of the outputs before the work is checked then.
     """
     job = _Job(model, options or Options(), source, Path(target))
+    for path in job.outputs():
+        check_output(path, (source,) if isinstance(source, Path) else source)
     return job.finish(*job.segment(job.read(), progress))
 
 
@@ -131,6 +134,12 @@ class _Job:
     @property
     def first(self) -> Path:
         return self.source if isinstance(self.source, Path) else self.source[0]
+
+    def outputs(self) -> list[Path]:
+        """Return the files that will be written."""
+        values = [label.value for label in self.model.plan.labels if self.options.probabilities]
+        ends = [*(f"probability_{value}" for value in values), *(["uncertainty"] if self.options.uncertainty else [])]
+        return [self.target, *(_beside(self.target, end) for end in ends)]
 
     def read(self) -> Volume:
         with self.report.stage("read"):

@@ -45,7 +45,7 @@ def save_dicom_sr(
     segments = None if segmentation is None else _segments(Path(segmentation), measurements)
     rows = measurements or [Measurement(value=1, name="any label", voxels=0, volume_ml=0.0, centroid_mm=None)]
     labels = {label.value: label for label in complete(table, [row.value for row in rows])}
-    with referring(path):
+    with referring(path, series.slices):
         groups = [_group(row, labels[row.value], series.modality, sources, segments) for row in rows]
         own = equipment()
         report = ComprehensiveSR(

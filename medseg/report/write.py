@@ -11,6 +11,7 @@ import numpy as np
 from medseg.errors import OutputError, UsageError
 from medseg.io import load
 from medseg.io.dicom_series import choose, read_series
+from medseg.io.files import check_place
 from medseg.io.label_table import read_table
 from medseg.io.regions import on_grid
 from medseg.io.structures import load_labels
@@ -35,13 +36,14 @@ def write_report(
     Return what was measured. `labels` are a label file on the grid of the image, or a DICOM SEG or RT Structure Set of
     it. An SR refers to the slices of the image, which has to be the folder of a DICOM series then. `table` is a file
     with the names of labels, by default NAME.labels.json beside them. What is not found is measured as absent.
-    Raises OutputError for another ending, UsageError for an SR of an image that is no series, GeometryError for labels
-    on another grid, and what reading and writing raise.
+    Raises OutputError for another ending, UsageError for an SR of an image that is no series or where an input would be
+    replaced, GeometryError for labels on another grid, and what reading and writing raise.
     """
     path, source = Path(path), Path(image)
     kind = path.suffix.lower()
     if kind not in ENDINGS:
         raise OutputError(f"The name of a report ends in {', '.join(ENDINGS)}.", path=path, reason="format")
+    check_place(path, [one for one in (image, labels, table) if one is not None])
     if kind == ".dcm" and not source.is_dir():
         raise UsageError("A DICOM SR refers to the slices of a series: give its folder as the image.")
     scan = read_series(choose(source, repaired=True)[0]) if source.is_dir() else load(source)
