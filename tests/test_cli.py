@@ -261,6 +261,47 @@ def test_segment_a_folder_goes_on_after_a_bad_file_and_says_so(run, scan, model_
     assert "would replace the images" in err
 
 
+def test_segment_a_folder_takes_whatever_can_be_read(run, scan, model_folder, tmp_path):
+    import nibabel
+    import SimpleITK
+
+    folder, image = tmp_path / "scans", nibabel.load(scan)
+    folder.mkdir()
+    (folder / "A.NII.GZ").write_bytes(scan.read_bytes())
+    nibabel.save(nibabel.Nifti1Pair(image.get_fdata(dtype=np.float32), image.affine), folder / "b.img")
+    for name in ("C.HDR", "C.IMG"):
+        (folder / name).write_bytes((folder / f"b{name[1:].lower()}").read_bytes())
+    for name in ("d.mhd", "e.nhdr"):
+        SimpleITK.WriteImage(SimpleITK.ReadImage(scan), folder / name)
+    (folder / "notes.txt").touch()
+    code, _, err = run("segment", model_folder, folder, tmp_path / "labels", "--uncertainty")
+    assert (code, err) == (0, "")
+    names = ["A.NII.GZ", "C.nii.gz", "b.nii.gz", "d.mha", "e.nrrd"]
+    written = sorted(file.name for file in (tmp_path / "labels").iterdir())
+    assert sorted(names) == [name for name in written if "uncertainty" not in name]
+    assert len(written) == 10
+    expected = load(tmp_path / "labels" / "A.NII.GZ")
+    assert expected.array.any()
+    for name in names:
+        assert load(tmp_path / "labels" / name).grid.matches(expected.grid)
+        np.testing.assert_array_equal(load(tmp_path / "labels" / name).array, expected.array)
+
+
+@pytest.mark.parametrize(("other", "options"), [("scan.mha", ()), ("scan_uncertainty.nii.gz", ("--uncertainty",))])
+def test_two_scans_of_a_folder_do_not_become_one_output(run, scan, model_folder, tmp_path, other, options):
+    import SimpleITK
+
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    image = SimpleITK.ReadImage(scan)
+    SimpleITK.WriteImage(image, folder / ("scan.mhd" if other == "scan.mha" else "scan.nii.gz"))
+    SimpleITK.WriteImage(image, folder / other)
+    code, _, err = run("segment", model_folder, folder, tmp_path / "labels", *options)
+    assert code == 2
+    assert "Two scans would give one output" in err
+    assert not [*(tmp_path / "labels").iterdir()]
+
+
 def test_segment_two_channels(run, scan, model_folder, tmp_path):
     code, _, err = run("segment", model_folder, f"{scan},{scan}", tmp_path / "labels.nii.gz")
     assert code == 1

@@ -310,7 +310,9 @@ def _carried_header(source: Nifti1Header) -> Nifti1Header:
 
 
 def _part(path: Path, suffix: str) -> Path:
-    return path.with_suffix(suffix) if path.suffix.lower() in (".hdr", ".img") else path
+    if path.suffix.lower() not in (".hdr", ".img") or path.suffix.lower() == suffix:
+        return path
+    return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
 def _is_packed(path: Path) -> bool:

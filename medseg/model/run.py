@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -11,6 +11,7 @@ from typing import Any
 
 from medseg.errors import MedsegError, OutputError, UsageError
 from medseg.io import VOLUME_ENDINGS, check_output, load, save
+from medseg.io.files import reading
 from medseg.model.segmenter import Box, Model
 from medseg.model.soft import SoftMaps
 from medseg.model.timing import Report
@@ -21,6 +22,9 @@ Progress = Callable[[str, int, int], None]
 """Called with the name of the input, the number of tiles done and the number there are."""
 
 Source = Path | tuple[Path, ...]
+
+WRITTEN_AS = {".hdr": ".nii.gz", ".nhdr": ".nrrd", ".mhd": ".mha"}
+"""Headers whose voxels lie in a file beside them, and how the names of labels made of them end: one file is written."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,7 @@ def segment_file(
     be known of the outputs before the work is checked then.
     """
     job = _Job(model, options or Options(), source, Path(target))
-    for path in job.outputs():
-        check_output(path, (source,) if isinstance(source, Path) else source)
+    _check_outputs([job])
     return job.finish(*job.segment(job.read(), progress))
 
 
@@ -88,8 +91,10 @@ def segment_folder(
 ) -> Iterator[Outcome]:
     """Yield the outcome of each volume file of a folder, written to `target` under its own name.
 
-    The next scan is read and the last one written while one is segmented. An error stops only the file it concerns.
-    Raises UsageError where the two folders are one, OutputError where the second cannot be made.
+    NAME.hdr, .nhdr and .mhd become NAME.nii.gz, .nrrd and .mha. The next scan is read and the last one written while
+    one is segmented. An error stops only the file it concerns. Raises UsageError where the two folders are one, two
+    scans would give one output, or one would be replaced, and OutputError where the second folder cannot be made or
+    written to.
     """
     if source.resolve() == target.resolve():
         raise UsageError("The labels would replace the images: give another folder for the output.", path=target)
@@ -97,7 +102,8 @@ def segment_folder(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"The folder cannot be made: {error.strerror}.", path=target) from error
-    jobs = [_Job(model, options or Options(), file, target / file.name) for file in volume_files(source)]
+    jobs = [_Job(model, options or Options(), file, target / _written_as(file)) for file in volume_files(source)]
+    _check_outputs(jobs)
     last: tuple[_Job, Future[Outcome]] | None = None
     with ThreadPoolExecutor(2) as pool:
         ahead = pool.submit(jobs[0].read) if jobs else None
@@ -117,8 +123,13 @@ def segment_folder(
 
 
 def volume_files(folder: Path) -> list[Path]:
-    """Return the volume files of a folder, sorted; none where it is a folder of DICOM slices."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(VOLUME_ENDINGS))
+    """Return the files of a folder that `load` reads as volumes, sorted; none where it is a folder of DICOM slices.
+
+    Of a pair of files that is the header. Raises UnreadableFile for a folder that cannot be read.
+    """
+    endings = (*VOLUME_ENDINGS, *WRITTEN_AS)
+    with reading(folder):
+        return sorted(file for file in folder.iterdir() if file.name.lower().endswith(endings) and file.is_file())
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,21 @@ class _Job:
                 yield f"probability_{label.value}", soft.probabilities.with_array(channel[None])
         if soft.uncertainty:
             yield "uncertainty", soft.uncertainty
+
+
+def _check_outputs(jobs: Sequence[_Job]) -> None:
+    taken: set[Path] = set()
+    for job in jobs:
+        for path in job.outputs():
+            check_output(path, (job.source,) if isinstance(job.source, Path) else job.source)
+            if path in taken:
+                raise UsageError("Two scans would give one output: rename one, or move it elsewhere.", path=path)
+            taken.add(path)
+
+
+def _written_as(file: Path) -> str:
+    ending = WRITTEN_AS.get(file.suffix.lower())
+    return file.name if ending is None else f"{file.stem}{ending}"
 
 
 def _beside(path: Path, end: str) -> Path:
