@@ -18,6 +18,7 @@ from medseg.labels import make_labels
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model
 from medseg.report.metrics import evaluate_folder
+from medseg.train.card import write_card
 from medseg.train.dataset import read_dataset
 from medseg.train.dataset_json import read_meaning
 from medseg.train.evaluate import evaluate
@@ -214,6 +215,24 @@ def test_ignored_voxels_do_not_speak_for_or_against_a_clean_up(balls, plan, tmp_
         written_cases(dataset, tmp_path / "a", speck_where_nobody_looked), plan, load_prediction
     )
     assert (groups, tried[0]["dice_before"], tried[0]["dice_after"]) == ((), 1.0, 1.0)
+
+
+def test_of_a_card_only_the_scores_are_renewed(plan, tmp_path):
+    for name, dice in (("fold_0.scores.json", 0.5), ("scores.json", 0.75)):
+        scores = {"cases": [{}, {}], "labels": [{"name": "ball", "dice": dice}]}
+        (tmp_path / name).write_text(json.dumps(scores))
+        write_card(tmp_path, plan, "balls", 6)
+        card = tmp_path / "MODEL_CARD.md"
+        if name != "scores.json":
+            edited = (
+                card.read_bytes().replace(b"to be filled in", b"CC0 by J\xfcrgen") + b"\nFold 0 | alone.\n\n## Limits\n"
+            )
+            card.write_bytes(edited)
+    table = b"| 0 | 2 | ball | 0.500 |"
+    assert card.read_bytes() == edited.replace(table, table + b"\n| all | 2 | ball | 0.750 |")
+    card.write_text("A card by hand.\n")
+    write_card(tmp_path, plan, "balls", 6)
+    assert card.read_text() == "A card by hand.\n"
 
 
 def test_a_label_of_which_only_specks_were_found_does_not_stop_the_choice(balls, plan, tmp_path):

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import json
+from itertools import dropwhile
 from pathlib import Path
 
 from medseg.io.files import written_whole
 from medseg.model.plan import Plan
 
+SCORES = "## Scores on validation cases"
+
 
 def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
-    """Write MODEL_CARD.md from the plan and the scores of the folds, and of all together. A card that exists stays.
+    """Write MODEL_CARD.md from the plan and the scores of the folds, and of all together.
 
     What the data are, who may use them and what the model is for cannot be derived: the card asks its owner for them.
+    Of a card that exists, only the table of scores is renewed.
     """
     card = folder / "MODEL_CARD.md"
-    if card.is_file():
+    files = (*sorted(folder.glob("fold_*.scores.json")), folder / "scores.json")
+    table = [
+        "",
+        "| fold | cases | label | Dice |",
+        "|---|---|---|---|",
+        *(row for file in files for row in _rows(file)),
+    ]
+    # What its owner wrote stays as it is, in whatever encoding.
+    text = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
+    lines = text.splitlines() or _first_lines(plan, dataset, cases)
+    if SCORES not in lines:
         return
+    place = lines.index(SCORES) + 1
+    after = list(dropwhile(lambda line: not line or line.startswith("|"), lines[place:]))
+    with written_whole(card) as beside:
+        written = "\n".join([*lines[:place], *table, "", *after]).rstrip() + "\n"
+        beside.write_text(written, encoding="utf-8", errors="surrogateescape")
+
+
+def _first_lines(plan: Plan, dataset: str, cases: int) -> list[str]:
     labels = ", ".join(f"{label.value} {label.name}" for label in plan.labels)
     spacing = " x ".join(f"{length:g}" for length in plan.spacing_mm)
-    lines = [
+    return [
         f"# {plan.name}",
         "",
         f"- Input: {', '.join(channel.name for channel in plan.channels)}, resampled to {spacing} mm",
@@ -27,15 +49,8 @@ def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
         f"- Training data: {dataset}, {cases} cases. Origin, license and population: to be filled in.",
         "- Intended use: research. Not a medical device.",
         "",
-        "## Scores on validation cases",
-        "",
-        "| fold | cases | label | Dice |",
-        "|---|---|---|---|",
-        *(row for file in (*sorted(folder.glob("fold_*.scores.json")), folder / "scores.json") for row in _rows(file)),
-        "",
+        SCORES,
     ]
-    with written_whole(card) as beside:
-        beside.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _rows(file: Path) -> list[str]:

@@ -38,7 +38,7 @@ Groups = tuple[tuple[int, ...], ...]
 def validate_fold(
     model: Model, dataset: Dataset, folder: str | PathLike[str], *, fold: int = 0, progress: Progress | None = None
 ) -> Scores:
-    """Return the scores on the cases that a fold kept aside; write what they are, and MODEL_CARD.md if it is new.
+    """Return the scores on the cases that a fold kept aside; write what they are, and the table of MODEL_CARD.md.
 
     The folder gets fold_N.scores.json and fold_N.scores.csv, the label maps in validation/fold_N and, with matplotlib,
     pictures of the worst and the middle case beside them. A case that cannot be segmented has failed.
