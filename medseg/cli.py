@@ -27,6 +27,7 @@ from medseg.cli_options import (
 )
 from medseg.cli_show import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     batch_table,
     err,
@@ -68,6 +69,9 @@ def main() -> None:
     except MedsegError as error:
         print_error(error, error.path)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except OSError as error:  # what a path alone can cause: folders that may not be entered, names that are too long
+        print_error(f"The system refused this: {error.strerror or error}.", error.filename)
+        sys.exit(EXIT_FAILED)
 
 
 def _version(wanted: bool) -> None:
@@ -264,8 +268,12 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         workers=workers, shard=_shard(shard), verify="full" if verify == "full" else "quick",
         device=device, runtime=runtime, precision=precision, threads=threads, deidentify=deidentify,
     )  # fmt: skip
-    with batch_table(show_paths) as show:
-        outcomes = run_batch(pipeline, studies, target, options, scheduler=scheduler, progress=show)
+    try:
+        with batch_table(show_paths) as show:
+            outcomes = run_batch(pipeline, studies, target, options, scheduler=scheduler, progress=show)
+    except KeyboardInterrupt as error:
+        err.print("medseg: interrupted; what has ended is kept, the same command does the rest.", style="red")
+        raise typer.Exit(EXIT_INTERRUPTED) from error
     show_outcomes(outcomes, show_paths=show_paths, as_json=as_json)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from medseg.study.batch import Progress as BatchProgress
     from medseg.study.outcomes import Outcome
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 out = Console()
 err = Console(stderr=True)
@@ -90,7 +90,7 @@ def tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], 
     return report
 
 
-def print_error(error: MedsegError, path: object) -> None:
+def print_error(error: MedsegError | str, path: object) -> None:
     """Show an expected error in one line, with the path that it concerns."""
     place = "" if path is None else f"{path}: "
     err.print(f"medseg: {place}{error}", markup=False, highlight=False, style="red", soft_wrap=True)

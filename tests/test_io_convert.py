@@ -93,7 +93,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: str) -> Non
     with pytest.raises(InputError, match="A label table is a JSON list") as caught:
         read_table(tmp_path / "table.json")
     assert caught.value.reason == "label_table"
-    with pytest.raises(UnreadableFile, match="does not exist"):
+    with pytest.raises(UnreadableFile, match="no such file or folder"):
         read_table(tmp_path / "missing.json")
 
 

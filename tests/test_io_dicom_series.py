@@ -331,7 +331,7 @@ class TestFolders:
         with pytest.raises(UnreadableFile, match="no DICOM file here") as caught:
             read(tmp_path)
         assert caught.value.reason == "no_dicom"
-        with pytest.raises(UnreadableFile, match="does not exist") as caught:
+        with pytest.raises(UnreadableFile, match="no such file or folder") as caught:
             find_series(tmp_path / "nowhere")
         assert caught.value.reason == "missing"
 

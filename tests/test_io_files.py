@@ -109,7 +109,7 @@ def test_errors_of_medseg_get_the_path_that_they_lack() -> None:
 @pytest.mark.parametrize(
     ("error", "reason", "text"),
     [
-        (FileNotFoundError(2, "No such file", "/secret"), "missing", "does not exist"),
+        (FileNotFoundError(2, "No such file", "/secret"), "missing", "no such file or folder"),
         (PermissionError(13, "Permission denied", "/secret"), "unreadable", "could not be read: Permission denied"),
         (gzip.BadGzipFile("Not a gzipped file (b'/secret')"), "unreadable", "cut short, damaged, or not what its name"),
         (EOFError("/secret"), "unreadable", "cut short, damaged, or not what its name"),

@@ -167,7 +167,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha", "a.txt", "folder/a.nii"])
     def test_a_missing_file(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(UnreadableFile, match="does not exist") as caught:
+        with pytest.raises(UnreadableFile, match="no such file or folder") as caught:
             load(tmp_path / name)
         assert (caught.value.reason, caught.value.path) == ("missing", tmp_path / name)
 

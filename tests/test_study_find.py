@@ -309,7 +309,7 @@ class TestPlaces:
         assert find_studies(tmp_path) == []
         with pytest.raises(UnreadableFile, match="no DICOM file here"):
             describe_studies(tmp_path)
-        with pytest.raises(UnreadableFile, match="does not exist"):
+        with pytest.raises(UnreadableFile, match="no such file or folder"):
             find_studies(tmp_path / "nowhere")
 
 

@@ -55,7 +55,7 @@ def check_place(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike
     """
     path, cause = Path(path), ""
     try:
-        if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
+        if any(_same(path, one) for one in inputs):
             raise UsageError("The output would replace an input: give it another name or folder.", path=path)
         if path.is_dir():
             cause = "a folder has that name"
@@ -67,6 +67,13 @@ def check_place(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike
         cause = error.strerror or "the system gives no cause"
     if cause:
         raise OutputError(f"The file cannot be written: {cause}. Give another name, or mend that.", path=path)
+
+
+def _same(path: Path, other: str | os.PathLike[str]) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -82,9 +89,10 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         error.path = error.path or Path(path)
         raise
     except FileNotFoundError as error:
-        raise UnreadableFile(
-            "The file, or another file that holds its voxels, does not exist.", path=path, reason="missing"
-        ) from error
+        text = "There is no such file or folder."
+        if os.path.lexists(path):
+            text = "A file that belongs to this one, such as the one that holds its voxels, does not exist."
+        raise UnreadableFile(text, path=path, reason="missing") from error
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or "it is cut short, damaged, or not what its name says"
         raise UnreadableFile(f"The file could not be read: {cause}. Copy or export it again.", path=path) from error

@@ -57,11 +57,12 @@ class StructureFile:
 
 def object_kind(path: Path) -> Kind | None:
     """Return which object of labels a file is; None for any other file and for folders."""
-    if not path.is_file():
-        return None
-    with reading(path), path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
+    with reading(path):
+        if not path.is_file():
             return None
+        with path.open("rb") as file:
+            if file.read(132)[128:] != b"DICM":
+                return None
     from pydicom import dcmread
 
     with parsing(path):

@@ -11,7 +11,7 @@ import numpy as np
 from medseg.errors import OutputError, UsageError
 from medseg.io import load
 from medseg.io.dicom_series import choose, read_series
-from medseg.io.files import check_place
+from medseg.io.files import check_place, reading
 from medseg.io.label_table import read_table
 from medseg.io.regions import on_grid
 from medseg.io.structures import load_labels
@@ -44,9 +44,11 @@ def write_report(
     if kind not in ENDINGS:
         raise OutputError(f"The name of a report ends in {', '.join(ENDINGS)}.", path=path, reason="format")
     check_place(path, [one for one in (image, labels, table) if one is not None])
-    if kind == ".dcm" and not source.is_dir():
+    with reading(source):
+        is_series = source.is_dir()
+    if kind == ".dcm" and not is_series:
         raise UsageError("A DICOM SR refers to the slices of a series: give its folder as the image.")
-    scan = read_series(choose(source, repaired=True)[0]) if source.is_dir() else load(source)
+    scan = read_series(choose(source, repaired=True)[0]) if is_series else load(source)
     found, names = load_labels(labels, source=source)
     found = on_grid(found, scan.grid)
     if table is not None:

@@ -160,7 +160,8 @@ def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
 def load_pipeline(name: str | PathLike[str]) -> Pipeline:
     """Return the pipeline in a YAML file, or the shipped one of that name; models beside the file are found from there.
 
-    Raises UsageError where there is none, or the file says what no pipeline can.
+    Raises UsageError where there is none, or the file says what no pipeline can, and UnreadableFile where it cannot be
+    read.
     """
     path = _find(name)
     pipeline = read_yaml(path, Pipeline, "a pipeline")
@@ -169,8 +170,9 @@ def load_pipeline(name: str | PathLike[str]) -> Pipeline:
 
 def _find(name: str | PathLike[str]) -> Path:
     path = Path(name)
-    if path.is_file():
-        return path
+    with reading(path):
+        if path.is_file():
+            return path
     shipped = [file for folder in SHIPPED for file in sorted(folder.glob("*.yaml"))]
     found = next((file for file in shipped if file.stem == str(name)), None)
     if found is None:
