@@ -171,6 +171,15 @@ def test_voxels_that_are_no_numbers_never_give_a_label_map(spacing):
         tiny_model(tiny_plan(spacing_mm=spacing)).segment(Volume(array, Grid((8, 8, 8), np.eye(4))))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_never_give_a_label_map(number):
+    model = tiny_model()
+    with torch.no_grad():
+        model.networks[0].outputs[0].bias[1] = number
+    with pytest.raises(ModelError, match="scores that are NaN or infinite"):
+        model.segment(Volume(np.zeros((1, 20, 16, 8)), Grid((20, 16, 8), np.eye(4))))
+
+
 def test_voxels_that_are_zero_stay_zero_where_the_plan_says_so():
     plan = tiny_plan(
         channels=({"name": "MR", "normalization": {"kind": "zscore", "nonzero": True}},), spacing_mm=(0.5, 1, 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from medseg.process.normalize import CTNormalization, ZScore, normalize
+from medseg.process.normalize import CTNormalization, Rescale, ZScore, normalize
 
 
 def test_ct_numbers_are_clipped_then_scaled_by_the_training_set():
@@ -19,6 +19,20 @@ def test_ct_numbers_are_clipped_then_scaled_by_the_training_set():
 def test_a_spread_of_zero_is_refused():
     with pytest.raises(ValidationError, match="greater than 0"):
         CTNormalization(lower=0, upper=1, mean=0, std=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (CTNormalization, {"mean": np.nan, "std": 1}),
+        (CTNormalization, {"mean": 0, "std": np.inf}),
+        (CTNormalization, {"mean": 0, "std": 1, "upper": np.inf}),
+        (Rescale, {"highest": np.nan}),
+    ],
+)
+def test_numbers_that_are_none_are_refused(kind, numbers):
+    with pytest.raises(ValidationError, match="finite number"):
+        kind(**numbers)
 
 
 @given(st.integers(0, 1000), st.floats(0.1, 1000), st.floats(-1000, 1000))

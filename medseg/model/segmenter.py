@@ -114,7 +114,8 @@ class Model:
         `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
         the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
         result. `soft` and `report` are filled in.
-        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it.
+        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, and ModelError
+        where the network's scores are no numbers.
         """
         report = report or Report()
         start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
@@ -187,8 +188,9 @@ class Model:
                 while True:
                     with report.stage("blend"):
                         first, logits = next(parts, (0, None))
-                    if logits is None:
-                        return
+                        if logits is None:
+                            return
+                        _check_finite(logits)
                     yield _without_padding(first, logits, window.axis, padding, prepared.grid.shape)
 
         return window.axis, rows()
@@ -246,6 +248,17 @@ def pick_device(name: str | None) -> torch.device:
             f"There is no device {name!r} here; leave the option away, or say cpu, cuda or mps."
         ) from error
     return device
+
+
+def _check_finite(logits: Tensor) -> None:
+    """Raise ModelError where a score is NaN or infinite: no class would be above another, and all background."""
+    # One infinite or undefined score makes the sum so; summing is far cheaper than testing each score.
+    if not torch.isfinite(logits.sum()):
+        raise ModelError(
+            "The network gave scores that are NaN or infinite: its weights are damaged, or its numbers outgrow their "
+            "type. Check the weights; in half precision, try float32.",
+            reason="not_finite",
+        )
 
 
 def _without_padding(

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 SMALLEST_STD = 1e-8
 """A constant image has no spread to divide by; it becomes 0 throughout."""
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
 
 class CTNormalization(BaseModel):
     """Clip to two intensities of the training set, then subtract its mean and divide by its standard deviation.
@@ -24,10 +26,10 @@ class CTNormalization(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["ct"] = "ct"
-    lower: float | None = None
-    upper: float | None = None
-    mean: float
-    std: float = Field(gt=0)
+    lower: Number | None = None
+    upper: Number | None = None
+    mean: Number
+    std: Number = Field(gt=0)
 
 
 class ZScore(BaseModel):
@@ -48,8 +50,8 @@ class Rescale(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rescale"] = "rescale"
-    lowest: float = 0.0
-    highest: float = 1.0
+    lowest: Number = 0.0
+    highest: Number = 1.0
 
 
 class NonzeroZScore(BaseModel):
