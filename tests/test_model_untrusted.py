@@ -162,6 +162,15 @@ def test_a_zip_bomb(tmp_path, monkeypatch):
         import_model(tmp_path / "model.zip", tmp_path / "model")
 
 
+def test_many_small_zip_bombs(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(20):
+            archive.writestr(f"fold_{number}/checkpoint_final.pth", b" " * 2**20)
+    monkeypatch.setattr(untrusted, "_extract", None)
+    with pytest.raises(ModelError, match="unpack to more than 20 times their size"):
+        import_model(tmp_path / "model.zip", tmp_path / "model")
+
+
 def test_an_archive_that_lies_about_sizes(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("plans.json", b" " * 2**24)

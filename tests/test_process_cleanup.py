@@ -57,6 +57,16 @@ def test_what_is_too_small_goes():
         drop_small(labels, [1], 0)
 
 
+@pytest.mark.parametrize("value", [65535, 70_000, 2_000_000_000, 3_000_000_000, 2**40])
+def test_labels_of_any_size(value):
+    labels = shell()
+    labels = labels.with_array(labels.array.astype(np.uint64) // 2 * value)
+    labels.array[0, 0, 0, 0] = value
+    assert np.count_nonzero(keep_largest(labels, [value]).array) == 26
+    assert np.count_nonzero(fill_holes(labels, [value]).array) == 28
+    assert np.count_nonzero(drop_small(labels, [value], 1).array) == 0
+
+
 @given(arrays(np.uint8, (1, 6, 5, 4), elements=st.integers(0, 3)))
 def test_properties_on_any_labels(array):
     labels = Volume(array, make_grid("oblique", (6, 5, 4)))

@@ -31,7 +31,7 @@ MOST_SHRINKAGE = 20
 """How many times as large as in the archive a file may be: weights shrink by a tenth, bombs a thousandfold."""
 
 SMALL_BYTES = 2**20
-"""Files up to this size may have shrunk by any factor."""
+"""Files up to this size may have shrunk by any factor, as long as all of them together have not."""
 
 DAMAGE: tuple[type[Exception], ...] = (
     ArithmeticError,
@@ -142,8 +142,8 @@ def checksum(file: Path) -> str:
 def unpacked(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Give a folder with those files of a zip archive whose names are `wanted`; it is removed afterwards.
 
-    Raises ModelError for an archive that is damaged, has names that lead out of a folder, links, or files that grow
-    beyond MOST_SHRINKAGE: none of it is unpacked.
+    Raises ModelError for an archive that is damaged, has names that lead out of a folder, links, or files that grow,
+    alone or together, beyond MOST_SHRINKAGE: none of it is unpacked.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -175,13 +175,16 @@ def _checked(source: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
                 path=archive,
                 reason="unsafe",
             )
-        if member.file_size > max(SMALL_BYTES, MOST_SHRINKAGE * member.compress_size):
-            raise ModelError(
-                f"The archive holds files that unpack to more than {MOST_SHRINKAGE} times their size, as weights never "
-                "do. It is refused.",
-                path=archive,
-                reason="unsafe",
-            )
+    packed = archive.stat().st_size  # what members say that they take may overlap
+    sizes = [(member.file_size, member.compress_size) for member in members]
+    sizes.append((sum(size for size, _ in sizes), packed))
+    if any(size > max(SMALL_BYTES, MOST_SHRINKAGE * stored) for size, stored in sizes):
+        raise ModelError(
+            f"The archive holds files that unpack to more than {MOST_SHRINKAGE} times their size, as weights never "
+            "do. It is refused.",
+            path=archive,
+            reason="unsafe",
+        )
     return members
 
 

@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medseg.errors import UsageError
-from medseg.volume import Volume
+from medseg.volume import Volume, box_of
+
+DENSE_LABELS = 2**16
+"""Labels below this are looked for all at once, in a list that is as long as the largest."""
 
 Box = tuple[slice, ...]
 
@@ -71,9 +74,11 @@ def drop_small(labels: Volume, values: Sequence[int], minimal_ml: float) -> Volu
 
 def _boxes(labels: Volume, values: Sequence[int]) -> list[tuple[int, Box]]:
     """Return the values that are there, each with the part of the array that holds it: far smaller than the image."""
-    where: list[Box | None] = ndimage.find_objects(_whole(labels.array[0]))
-    return [(value, box) for value in values if 0 < value <= len(where) and (box := where[value - 1]) is not None]
-
-
-def _whole(values: NDArray[np.generic]) -> NDArray[np.integer]:
-    return values.astype(np.int32, copy=False)
+    array = labels.array[0]
+    found: list[tuple[int, Box | None]]
+    if array.max() < DENSE_LABELS:
+        where = ndimage.find_objects(array.astype(np.int32, copy=False))
+        found = [(value, where[value - 1]) for value in values if 0 < value <= len(where)]
+    else:
+        found = [(value, box_of(array == value)) for value in values if value > 0]
+    return [(value, box) for value, box in found if box is not None]
