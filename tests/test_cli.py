@@ -105,6 +105,16 @@ def test_info_of_a_study_gives_each_series_its_verdict(run):
     assert "description" in run("info", SAMPLES / "ct_study", "--descriptions", "--json")[1]
 
 
+def test_info_of_a_folder_without_dicom_says_that_volumes_are_there(run, scan, tmp_path):
+    code, _, err = run("info", tmp_path)
+    assert (code, err) == (
+        1,
+        f"medseg: {tmp_path}: There is no DICOM file here, but there are volumes: name one of them.\n",
+    )
+    scan.unlink()
+    assert run("info", tmp_path)[2] == f"medseg: {tmp_path}: There is no DICOM file here.\n"
+
+
 def test_convert_there_and_back_keeps_voxels_and_place(run, scan, tmp_path):
     assert run("convert", scan, tmp_path / "a.nrrd")[0] == 0
     assert run("convert", tmp_path / "a.nrrd", tmp_path / "b.mha")[0] == 0
@@ -126,6 +136,12 @@ def test_segment_a_file(run, scan, model_folder, tmp_path):
     assert (code, err) == (0, "")
     assert "ball" in out
     assert load(tmp_path / "labels.nii.gz").grid.matches(load(scan).grid)
+
+
+def test_a_comma_may_be_part_of_a_name(run, scan, model_folder, tmp_path):
+    named = scan.rename(tmp_path / "a,b.nii.gz")
+    assert run("segment", model_folder, named, tmp_path / "labels.nii.gz")[0] == 0
+    assert run("segment", model_folder, tmp_path / "c,d.nii.gz", tmp_path / "labels.nii.gz")[0] == 1
 
 
 def test_segment_prints_volumes_for_machines(run, scan, model_folder, tmp_path):
@@ -316,7 +332,7 @@ def test_an_orientation_that_is_not_stated_must_be_given(run, model_folder, tmp_
     nibabel.save(image, tmp_path / "nowhere.nii.gz")
     code, _, err = run("segment", model_folder, tmp_path / "nowhere.nii.gz", tmp_path / "labels.nii.gz")
     assert code == 1
-    assert "orientation" in err
+    assert "(assume_orientation, --assume-orientation), for example RAS" in err
     assert not (tmp_path / "labels.nii.gz").exists()
     command = ("segment", model_folder, tmp_path / "nowhere.nii.gz", tmp_path / "labels.nii.gz")
     assert run(*command, "--assume-orientation", "LPS")[0] == 0

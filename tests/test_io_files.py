@@ -124,6 +124,12 @@ def test_errors_of_the_system_become_unreadable_file(error: Exception, reason: s
     assert "secret" not in str(caught.value)
 
 
+def test_a_part_that_is_missing_is_told_from_a_path_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFile, match="A file that belongs to this one") as caught, reading(tmp_path):
+        (tmp_path / "voxels.raw").read_bytes()
+    assert caught.value.reason == "missing"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e200])
 def test_an_affine_that_is_no_place_is_refused(bad: float) -> None:
     affine = np.eye(4)

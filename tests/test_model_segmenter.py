@@ -82,9 +82,19 @@ def test_a_tilted_stack_is_segmented_where_it_is():
 def test_constant_images_and_thin_volumes_are_background_and_no_error(shape):
     for value in (0, -1000, 7.5):
         image = Volume(np.full((1, *shape), value, np.float32), Grid(shape, np.eye(4)))
-        assert (
-            Model(tiny_plan(), [Threshold(0.5)], torch.device("cpu"), runtime="torch").segment(image).array == 0
-        ).all()
+        model = Model(tiny_plan(), [Threshold(0.5)], torch.device("cpu"), runtime="torch")
+        with pytest.warns(UserWarning, match="Channel MR of the image has one value everywhere"):
+            assert (model.segment(image).array == 0).all()
+
+
+def test_of_several_channels_the_constant_one_is_named():
+    channels = (Channel(name="T1", normalization=UNSCALED), Channel(name="FLAIR", normalization=UNSCALED))
+    array = np.zeros((2, 4, 4, 4), np.float32)
+    array[0, 1, 2, 3] = 1
+    with pytest.warns(UserWarning) as caught:
+        tiny_model(tiny_plan(channels=channels)).segment(Volume(array, Grid((4, 4, 4), np.eye(4))))
+    told = "Channel FLAIR of the image has one value everywhere: the labels mean nothing."
+    assert [str(one.message) for one in caught] == [told]
 
 
 def test_a_box_is_segmented_as_if_the_rest_were_not_there(grid):
@@ -114,7 +124,8 @@ def test_where_the_plan_says_so_only_the_box_around_what_is_not_0_is_looked_at(g
     expected[inside] = array[0][inside] > array[0][inside].mean()
     np.testing.assert_array_equal(labels, expected)
     np.testing.assert_array_equal(soft.probabilities.array[1] > 0.5, expected)
-    assert model.segment(image.with_array(array * 0)).array.max() == 0
+    with pytest.warns(UserWarning, match="has one value everywhere"):
+        assert model.segment(image.with_array(array * 0)).array.max() == 0
 
 
 def test_a_plan_can_keep_the_largest_piece_alone():
@@ -144,14 +155,14 @@ def test_logits_of_folds_are_averaged():
 
 def test_label_values_are_those_of_the_table_in_a_type_that_holds_them():
     model = threshold_model(0.5, labels=make_labels([(70000, "far")]))
-    labels = model.segment(Volume(np.ones((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4))))
+    labels = model.segment(Volume(np.arange(1.0, 65).reshape(1, 4, 4, 4), Grid((4, 4, 4), np.eye(4))))
     assert labels.array.dtype == np.uint32
     assert (labels.array == 70000).all()
 
 
 def test_progress_counts_every_tile():
     seen: list[tuple[int, int]] = []
-    image = Volume(np.zeros((1, 20, 16, 8)), Grid((20, 16, 8), np.eye(4)))
+    image = Volume(np.arange(2560.0).reshape(1, 20, 16, 8), Grid((20, 16, 8), np.eye(4)))
     tiny_model().segment(image, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]  # 20 voxels, patch 16, step 8: two tiles
 

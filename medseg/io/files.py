@@ -120,7 +120,7 @@ def assumed_grid(shape: Sequence[int], spacing_mm: ArrayLike, orientation: str |
     if orientation is None:
         raise UnknownOrientation(
             "The file does not say where its voxels lie in the patient. If you know where its three axes point, "
-            'say so with assume_orientation, for example "RAS" or "LPS".'
+            "give them as the assumed orientation (assume_orientation, --assume-orientation), for example RAS or LPS."
         )
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise UnknownOrientation("The file gives no positive spacing. Repair its header.", reason="bad_spacing")

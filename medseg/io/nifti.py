@@ -143,6 +143,12 @@ def _shape(header: Nifti1Header, channels: int) -> tuple[int, int, int, int]:
     shape = sizes[:count] + [1] * (7 - count)
     if count == 1:
         raise NotAVolume("A 3-D image was expected; this file holds one row of numbers.", reason="one_row")
+    if count == 2:
+        raise NotAVolume(
+            "A 3-D image was expected; this file holds a flat one. Save a slice with a third axis, of length one, "
+            "which says how thick it is.",
+            reason="flat",
+        )
     values = int(np.prod(shape[3:], dtype=object))
     if values > 1 and not values == shape[3] == channels:
         expected = "one value" if channels <= 1 else f"one value, or {channels} along a fourth axis,"

@@ -113,13 +113,13 @@ class Model:
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
         `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
         the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
-        result. `soft` and `report` are filled in.
+        result. `soft` and `report` are filled in. Warns where a channel has one value everywhere.
         Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, and ModelError
         where the network's scores are no numbers.
         """
         report = report or Report()
         start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
-        part = volume.cropped(start, stop)
+        part = seen = volume.cropped(start, stop)
         if self.plan.crop_nonzero:
             offset, size = nonzero_box(part)
             part = part.cropped(offset, size)
@@ -127,7 +127,9 @@ class Model:
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
-        if self.previous:
+        if self.previous is None:  # else that one sees the same, and warns
+            _warn_of_constants(seen, self.plan)
+        else:
             before = self.previous.segment(part, step=step, mirror=mirror, reuse=reuse)
             prepared = with_labels(prepared, before, part, self.plan)
         with report.stage("compile"):
@@ -217,6 +219,15 @@ class Model:
     def _sent(self, tiles: Tensor) -> Tensor:
         """Return tiles on the device; from pinned memory the copy to a GPU overlaps with what it computes."""
         return (tiles.pin_memory() if self.device.type == "cuda" else tiles).to(self.device, non_blocking=True)
+
+
+def _warn_of_constants(image: Volume, plan: Plan) -> None:
+    for channel, values in zip(plan.channels, image.array, strict=True):
+        if values.min() == values.max():
+            warnings.warn(
+                f"Channel {channel.name} of the image has one value everywhere: the labels mean nothing.",
+                stacklevel=3,
+            )
 
 
 def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.errors import UnreadableFile
+from medseg.io import VOLUME_ENDINGS
 from medseg.io.dicom_geometry import stack_measures
 from medseg.io.dicom_series import Series
 from medseg.study.archive import opened
@@ -23,7 +25,9 @@ def describe_studies(path: str | PathLike[str], *, descriptions: bool = False) -
     with opened(path) as place:
         studies = find_studies(place)
     if not studies:
-        raise UnreadableFile("There is no DICOM file here.", path=path, reason="no_dicom")
+        volumes = any(file.name.lower().endswith(VOLUME_ENDINGS) for file in Path(path).rglob("*"))
+        hint = ", but there are volumes: name one of them" if volumes else ""
+        raise UnreadableFile(f"There is no DICOM file here{hint}.", path=path, reason="no_dicom")
     numbered = [*enumerate(studies, start=1)]
     return {
         "series": [
