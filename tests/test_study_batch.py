@@ -62,6 +62,11 @@ class TestCohort:
             "archive packed.zip": 1,
         }
 
+    def test_what_is_unreadable_beside_an_archive_is_not_forgotten(self, tmp_path):
+        (tmp_path / "packed.zip").touch()
+        (tmp_path / "x.dcm").touch()
+        assert [entry.identity for entry in find_cohort(tmp_path)] == ["archive packed.zip", "path x.dcm"]
+
     def test_shards_are_parts_of_the_whole(self, tmp_path):
         for number in range(7):
             write_study(tmp_path, number)
@@ -147,6 +152,29 @@ def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
     monkeypatch.setattr("medseg.study.batch.Local", None)  # nothing is left to do: no network is loaded
     assert all(one.kept for one in medseg.run_batch(pipeline, studies, out, TORCH, progress=seen.append))
     assert seen[-1].kept == 6
+
+
+def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline):
+    """As git-annex, DVC and many archives keep files: a link with the name, and content under a hash."""
+    studies, store = tmp_path / "studies", tmp_path / "store"
+    write_study(store, 0)
+    source = store / "DOE_JANE_0"
+    (store / "damaged").touch()
+    for name in ("linked", "zipped", "zip"):
+        (studies / name).mkdir(parents=True)
+    for number, file in enumerate([*source.iterdir(), store / "damaged"]):
+        (studies / "linked" / f"{number}.dcm").symlink_to(file)
+    shutil.make_archive(store / "whole", "zip", source)
+    (studies / "zipped" / "study.zip").symlink_to(store / "whole.zip")
+    (source / "._x.dcm").write_bytes(b"of macOS")
+    (source / "x.dcm").touch()
+    shutil.make_archive(studies / "zip" / "damaged", "zip", source)
+    outcomes = run_batch(pipeline, studies, tmp_path / "out", TORCH)
+    assert {one.path.name: (one.status, one.reason) for one in outcomes} == {
+        "linked": ("failed", "unreadable"),
+        "zipped": ("done", None),
+        "zip": ("failed", "unreadable"),
+    }
 
 
 def test_what_goes_wrong_unexpectedly_quotes_no_file() -> None:

@@ -271,7 +271,8 @@ class _Batch:
         )
 
     def _send(self, hand: Hand, study: str) -> None:
-        files = {str(path.resolve()): name for path, name in self._files(study).items()}
+        # Links are not followed: the ending of a name, and the folder that files share, tell what belongs together.
+        files = {str(path.absolute()): name for path, name in self._files(study).items()}
         hand.send(Task(study, files, self._state(study)))
 
     def _handle(self, event: Event) -> None:

@@ -91,18 +91,23 @@ def with_objects(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:
+    """Add what could not be read to the studies beside it, or as a group of its own; an archive has nothing beside it."""
+    folders = {
+        identity: {file.parent for file in files} for identity, files in groups.items() if not is_archive(files[0])
+    }
     for error in problems:
         path = error.path or root
-        homes = [files for files in groups.values() if any(_beside(path, file, root) for file in files)]
-        for files in homes:
-            files.append(path)
-        if not homes:
-            groups[f"path {_below(path, root)}"] = [path]
+        homes = [identity for identity, known in folders.items() if _beside(path, known, root)]
+        for identity in homes or [f"path {_below(path, root)}"]:
+            groups.setdefault(identity, []).append(path)
+            folders.setdefault(identity, set()).add(path.parent)
 
 
-def _beside(path: Path, file: Path, root: Path) -> bool:
-    """Return whether what could not be read may belong to the study of a file: one folder, or folders side by side."""
-    return path.parent == file.parent or (path.is_dir() and path.parent != root and path.parent in file.parents)
+def _beside(path: Path, folders: set[Path], root: Path) -> bool:
+    """Return whether what could not be read may belong to a study in these folders: in one, or side by side."""
+    if path.parent in folders:
+        return True
+    return path.is_dir() and path.parent != root and any(path.parent in folder.parents for folder in folders)
 
 
 def _below(path: Path, root: Path) -> str:
