@@ -65,6 +65,18 @@ def test_the_first_channel_is_measured_and_flat_intensities_do_not_deviate() -> 
     assert one.intensity_std == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_intensities_that_are_no_numbers_are_not_known(tmp_path: Path, number: float) -> None:
+    grid = make_grid("RAS", (4, 1, 1))
+    labels = Volume(np.array([1, 1, 2, 2], np.uint8).reshape(1, 4, 1, 1), grid)
+    image = Volume(np.array([number, 1, 2, 4], np.float32).reshape(1, 4, 1, 1), grid)
+    liver, spleen = measure(labels, TABLE, image)
+    assert (liver.voxels, liver.intensity_mean, liver.intensity_std) == (2, None, None)
+    assert (liver.intensity_min, liver.intensity_max) == (None, None)
+    assert (spleen.intensity_mean, spleen.intensity_min, spleen.intensity_max) == (3, 2, 4)
+    save_measurements([liver, spleen], tmp_path / "rows.json")
+
+
 @pytest.mark.parametrize("word", ["LPS", "SAR", "PIR"])
 def test_the_way_of_storing_changes_nothing(grid: Grid, word: str) -> None:
     values = np.random.default_rng(3).integers(0, 4, size=(1, *grid.shape))

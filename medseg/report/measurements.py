@@ -28,7 +28,8 @@ class Measurement:
 
     `expected_volume_ml` sums the probabilities that a model gave it, so that a voxel counts by its share.
 
-    What cannot be said of a structure that is not there, or without an image, is None.
+    What cannot be said of a structure that is not there, without an image, or where that has voxels which are NaN or
+    infinite, is None.
     """
 
     value: int
@@ -102,8 +103,9 @@ def _sums(values: NDArray[np.integer[Any]], image: NDArray[Any] | None) -> dict[
         if shades is not None:
             shade = shades[row][p, q].astype(np.float64)
             terms += [shade, shade**2]
-            np.minimum.at(sums[6], found, shade)
-            np.maximum.at(sums[7], found, shade)
+            with np.errstate(invalid="ignore"):  # where there is a NaN
+                np.minimum.at(sums[6], found, shade)
+                np.maximum.at(sums[7], found, shade)
         count, *others = (np.bincount(found, weights=term, minlength=len(distinct)) for term in terms)
         places = [0, *(axis + 1 for axis in order), 4, 5]
         for place, total in zip(places, [count, row * count, *others], strict=False):
@@ -128,7 +130,7 @@ def _measurement(
     voxels = int(sums[0])
     volume_ml = voxels * labels.grid.voxel_mm3 / 1000
     x, y, z = labels.grid.to_world(sums[1:4] / voxels).tolist()
-    if not with_image:
+    if not with_image or not np.isfinite(sums[4]):
         return Measurement(value, name, voxels, volume_ml, (x, y, z))
     mean, mean_square = (sums[4:6] / voxels).tolist()
     std = max(0.0, mean_square - mean**2) ** 0.5
