@@ -90,6 +90,17 @@ def test_between_any_two_grids_however_the_rows_come(seed, source, target, kind,
     np.testing.assert_array_equal(labels[sure], painted(expected, order)[sure])
 
 
+def test_far_from_the_first_voxel_positions_are_as_exact_as_near():
+    # Class 1 wins from row 4998.3 on; the target's rows lie 1e-3 apart, and one of them 1e-5 beyond that border.
+    grid = Grid((5000, 3, 3), np.eye(4))
+    logits = torch.zeros((2, *grid.shape))
+    logits[1] = (torch.arange(5000).double() - 4998.3)[:, None, None]
+    affine = np.eye(4)
+    affine[:3] = [[1e-3, 0, 0, 4998.3 - 0.25 + 1e-5], [0, 1, 0.4, 0], [0, 0, 1, 0]]
+    winner = winners_onto(logits, grid, Grid((500, 3, 3), affine))
+    np.testing.assert_array_equal(winner, np.broadcast_to((np.arange(500) >= 250)[:, None, None], (500, 3, 3)))
+
+
 @pytest.mark.parametrize("cost", [NEVER, ALWAYS])
 @pytest.mark.parametrize("target", ["SPL", "turned"])
 def test_blocks_meet_without_seams(monkeypatch, target, cost):

@@ -138,5 +138,5 @@ def _meet(terms: Sequence[NDArray[np.floating]], origin: float, reached: float, 
 
 
 def _positions(index: Index, step: NDArray[np.floating]) -> list[Tensor]:
-    i, j, k = (torch.from_numpy(part) for part in index)
+    i, j, k = (torch.from_numpy(part).double() for part in index)
     return [float(a) * i + float(b) * j + float(c) * k + float(origin) for a, b, c, origin in step[:3]]
