@@ -91,7 +91,7 @@ def with_objects(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:
-    """Add what could not be read to the studies beside it, or as a group of its own; an archive has nothing beside it."""
+    """Add what could not be read to the studies beside it, or as a group of its own; nothing is beside an archive."""
     folders = {
         identity: {file.parent for file in files} for identity, files in groups.items() if not is_archive(files[0])
     }
