@@ -20,8 +20,7 @@ from medseg.train.loss import IGNORED
 
 ROTATION_SHARE, ROTATION_DEGREES = 0.15, 30.0
 SCALING_SHARE, SCALING_RANGE = 0.15, (0.7, 1.4)
-"""How often a patch is turned about each axis, and scaled, and by how much: ranges as in nnU-Net, three times in four
-as often, which was better than twice as often (docs/training.md)."""
+"""How often a patch is turned about each axis, and scaled, and by how much; ranges as in nnU-Net, shares by search."""
 
 Generator = np.random.Generator
 
