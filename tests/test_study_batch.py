@@ -177,6 +177,18 @@ def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline
     }
 
 
+def test_a_constant_scan_warns_and_one_that_lost_a_slice_fails(tmp_path, pipeline):
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    write_study(studies, 0, PixelData=bytes(240))
+    write_study(studies, 1)
+    max((studies / "DOE_JANE_1").iterdir()).write_bytes(b"")
+    outcomes = {one.status: one for one in run_batch(pipeline, studies, out, TORCH)}
+    assert outcomes.keys() == {"done", "failed"}
+    assert outcomes["failed"].reason == "unreadable"
+    manifest = json.loads((out / outcomes["done"].study / "manifest.json").read_text())
+    assert manifest["warnings"] == ["Channel CT of the image has one value everywhere: the labels mean nothing."]
+
+
 def test_what_goes_wrong_unexpectedly_quotes_no_file() -> None:
     def broken() -> None:
         raise ValueError("/data/SMITH_JOHN_2024.dcm")
