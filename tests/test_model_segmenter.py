@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import UNSCALED, Threshold, threshold_model, tiny_model, tiny_plan
 from torch import nn
 
-from medseg.errors import GeometryError, InputError, ModelError, UsageError
+from medseg.errors import GeometryError, InputError, ModelError, UnreadableFile, UsageError
 from medseg.labels import make_labels
 from medseg.model.plan import Channel
 from medseg.model.preprocess import prepare
@@ -257,6 +257,8 @@ def test_weights_of_another_plan_are_refused(model_folder):
 def test_an_unknown_model_lists_the_shipped_ones(tmp_path):
     with pytest.raises(ModelError, match=r"ships \(hippocampus\)"):
         find_model("liver")
+    with pytest.raises(UnreadableFile, match="could not be read"):
+        find_model("x" * 300)
     assert find_model("hippocampus").name == "hippocampus"
     assert find_model(tmp_path) == tmp_path
 

@@ -11,7 +11,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from medseg.errors import ModelError
-from medseg.io.files import written_whole
+from medseg.io.files import reading, written_whole
 from medseg.model.networks import build_network
 from medseg.model.plan import Plan
 
@@ -19,10 +19,14 @@ SHIPPED = Path(__file__).parent.parent / "models"
 
 
 def find_model(name: str | PathLike[str]) -> Path:
-    """Return the folder of a model: the path, or the shipped model of that name. Raises ModelError for neither."""
+    """Return the folder of a model: the path, or the shipped model of that name.
+
+    Raises ModelError for neither, UnreadableFile where the system refuses to say.
+    """
     path = Path(name)
-    if path.is_dir():
-        return path
+    with reading(path):
+        if path.is_dir():
+            return path
     if (SHIPPED / path.name / "plan.json").is_file() and path.name == str(name):
         return SHIPPED / path.name
     shipped = ", ".join(sorted(plan.parent.name for plan in SHIPPED.glob("*/plan.json")))
