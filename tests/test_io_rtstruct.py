@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import medseg
 from medseg.errors import GeometryError, InputError, OutputError
 from medseg.io.dicom_series import choose, find_series
 from medseg.io.regions import regions_of
-from medseg.io.rtstruct import load_rtstruct, save_rtstruct, write
+from medseg.io.rtstruct import load_rtstruct, read_parts, save_rtstruct, write
 from medseg.volume import Grid, Volume
 
 each_kind = pytest.mark.parametrize("kind", SOURCES)
@@ -214,6 +215,56 @@ def test_a_contour_inside_another_is_a_hole(source: Path, kind: str) -> None:
     labels, _ = load_rtstruct(edited(source, with_a_hole(kind)), source=source)
     assert (labels.array > 0).sum() == 5 * 8
     assert not labels.array[0, 5, 6].any()
+
+
+def twice(data: Any) -> None:
+    """As some programs export: each contour a second time."""
+    contours_of(data).extend(deepcopy([*contours_of(data)]))
+
+
+def parted(data: Any) -> None:
+    """Let two items hold the contours of one structure."""
+    rest = deepcopy(data.ROIContourSequence[0])
+    contours = [*contours_of(data)]
+    data.ROIContourSequence[0].ContourSequence, rest.ContourSequence = contours[:2], contours[2:]
+    data.ROIContourSequence.append(rest)
+
+
+@pytest.mark.parametrize("edit", [twice, parted])
+def test_no_contour_is_lost_where_they_are_repeated_or_parted(source: Path, edit: Callable[[Any], None]) -> None:
+    labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert (labels.array > 0).sum() == 45
+
+
+def test_contours_halfway_between_slices_leave_none_empty(source: Path) -> None:
+    def edit(data: Any) -> None:
+        for contour in contours_of(data):
+            shifted(contour, (0, 0, -1.25))
+
+    with pytest.warns(UserWarning, match="5 lie between slices"):
+        labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert [int(count) for count in (labels.array[0] > 0).sum(axis=(0, 1))] == [9] * 5
+
+
+def test_a_structure_set_without_structures_is_empty(source: Path) -> None:
+    def edit(data: Any) -> None:
+        data.StructureSetROISequence = data.ROIContourSequence = []
+
+    labels, table = load_rtstruct(edited(source, edit), source=source)
+    assert (labels.array.any(), table) == (False, ())
+
+
+def test_structures_that_nobody_wants_may_lie_in_another_frame_of_reference(source: Path) -> None:
+    def edit(data: Any) -> None:
+        other = deepcopy(data.StructureSetROISequence[0])
+        other.ROINumber, other.ROIName, other.ReferencedFrameOfReferenceUID = 99, "PET", "1.2.3"
+        data.StructureSetROISequence.append(other)
+
+    path = edited(source, edit)
+    parts, _ = read_parts(path, source, wanted=lambda name: name != "PET")
+    assert [len(places) for _, places in parts] == [45]
+    with pytest.raises(GeometryError, match="another frame of reference"):
+        read_parts(path, source, wanted=lambda name: name == "PET")
 
 
 def moved_away(data: Any) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError
-from medseg.io.contours import Polygon, fill, trace
+from medseg.io.contours import SNAP_DECIMALS, Polygon, fill, trace
 from medseg.io.dicom_geometry import LPS_TO_RAS
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
@@ -135,7 +135,8 @@ def read_parts(
     with parsing(path):
         data = read_object(path, "RTSTRUCT", "StructureSetROISequence")
         for roi in data.StructureSetROISequence:
-            check_frame_of_reference(str(roi.get("ReferencedFrameOfReferenceUID") or ""), series, path)
+            if not roi.get("ROIName") or wanted(str(roi.ROIName)):
+                check_frame_of_reference(str(roi.get("ReferencedFrameOfReferenceUID") or ""), series, path)
         return _parts(data, _Slices(grid, series.heights), wanted)
 
 
@@ -275,20 +276,22 @@ def _contour(points: NDArray[np.float64], image: Dataset) -> Dataset:
 
 def _parts(data: Dataset, slices: _Slices, wanted: Wanted) -> tuple[list[Part], Counter[str]]:
     """Return each structure with the flat indices into (slices, rows, columns) it covers, and what was met."""
-    drawn = {int(one.ReferencedROINumber): one for one in data.get("ROIContourSequence") or []}
+    drawn: dict[int, list[Dataset]] = defaultdict(list)
+    for one in data.get("ROIContourSequence") or []:
+        drawn[int(one.ReferencedROINumber)].append(one)
     numbers = [int(roi.ROINumber) for roi in data.StructureSetROISequence]
-    usable = min(numbers) > 0 and len(set(numbers)) == len(numbers)
+    usable = min(numbers, default=1) > 0 and len(set(numbers)) == len(numbers)
     found: Counter[str] = Counter()
     parts: list[Part] = []
     for place, (number, roi) in enumerate(zip(numbers, data.StructureSetROISequence, strict=True), start=1):
-        own = drawn.get(number)
         value = number if usable else place
         color = PALETTE[(value - 1) % len(PALETTE)]
-        if own is not None and own.get("ROIDisplayColor"):
-            color = "#" + bytes(min(max(int(part), 0), 255) for part in own.ROIDisplayColor).hex()
+        if stated := next((one.ROIDisplayColor for one in drawn[number] if one.get("ROIDisplayColor")), None):
+            color = "#" + bytes(min(max(int(part), 0), 255) for part in stated).hex()
         label = Label(value=value, name=str(roi.get("ROIName") or f"label {value}"), color=color)
         if wanted(label.name):
-            parts.append((label, _covered(own.get("ContourSequence") or [] if own else [], slices, found)))
+            contours = [contour for one in drawn[number] for contour in one.get("ContourSequence") or []]
+            parts.append((label, _covered(contours, slices, found)))
     return parts, found
 
 
@@ -298,13 +301,18 @@ def _covered(contours: Sequence[Dataset], slices: _Slices, found: Counter[str]) 
         points = _points(contour)
         index = slices.index(points)
         height = float(index[:, 2].mean()) if len(index) else 0.0
-        k = round(height)
+        k = int(np.floor(round(height, 2) + 0.5))  # from halfway up: half to even would leave every other slice empty
         kind = _kind(contour, index, k, len(slices.heights))
         found[kind] += 1
         if kind not in LEFT_OUT:
             planes[k, round(height, 2)].append(index[:, :2])
-    covered = [_inside(polygons, k, slices.grid) for (k, _), polygons in planes.items()]
+    covered = [_inside(_distinct(polygons), k, slices.grid) for (k, _), polygons in planes.items()]
     return np.unique(np.concatenate(covered)) if covered else np.zeros(0, np.intp)
+
+
+def _distinct(polygons: Sequence[Polygon]) -> list[Polygon]:
+    """Return polygons without copies, as some programs export them: two of one would leave nothing inside."""
+    return [*{polygon.round(SNAP_DECIMALS).tobytes(): polygon for polygon in polygons}.values()]
 
 
 def _points(contour: Dataset) -> NDArray[np.float64]:

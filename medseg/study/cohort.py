@@ -9,11 +9,10 @@ from os import PathLike
 from pathlib import Path
 
 from medseg.errors import MedsegError, UsageError
-from medseg.io.dicom_slice import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive
-from medseg.study.find import listed
+from medseg.study.find import listed, no_dicom
 from medseg.study.headers import all_headers, all_study_uids
 
 
@@ -48,18 +47,15 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     files = listed(root, problems)
     archives = {file for file in files if is_archive(file)}
     groups: dict[str, list[Path]] = {f"archive {_below(file, root)}": [file] for file in sorted(archives)}
-    others, folders = [], set()
     for file, uid in all_study_uids([file for file in files if file not in archives]):
-        if uid is None:
-            others.append(file)
-        elif isinstance(uid, MedsegError):
-            problems.append(uid)
-        else:
-            folders.add(file.parent)
+        problem = no_dicom(file) if uid is None else uid
+        if isinstance(problem, MedsegError):
+            problems.append(problem)
+        elif isinstance(uid, str):
             identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
             uids[identity] = uid
             groups.setdefault(identity, []).append(file)
-    _add_problems(groups, [*problems, *lost_slices(others, folders)], root)
+    _add_problems(groups, problems, root)
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
 
@@ -91,7 +87,7 @@ def with_objects(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:
-    """Add what could not be read to the studies beside it, or as a group of its own; nothing is beside an archive."""
+    """Add what could not be read to the studies beside it, or as a group of its own, but to no archive."""
     folders = {
         identity: {file.parent for file in files} for identity, files in groups.items() if not is_archive(files[0])
     }
