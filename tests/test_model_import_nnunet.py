@@ -406,3 +406,13 @@ def test_what_crossvalidation_found_about_largest_pieces_is_kept(tmp_path):
     (crossval / "postprocessing.json").write_text("{}")
     with pytest.raises(ModelError, match="do not fit together"):
         import_model(source, tmp_path / "third")
+    nested = "[" * 900 + "]" * 900
+    (crossval / "postprocessing.json").write_text(
+        f'{{"postprocessing_fns": ["{name}"], "postprocessing_kwargs": [{{"labels_or_regions": {nested}}}]}}'
+    )
+    with pytest.raises(ModelError, match="do not fit together"):
+        import_model(source, tmp_path / "third")
+    rules = {"postprocessing_fns": [name], "postprocessing_kwargs": [{"labels_or_regions": [-1]}]}
+    (crossval / "postprocessing.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="not supported: keep_largest"):
+        import_model(source, tmp_path / "third")

@@ -110,9 +110,8 @@ def read_nnunet(
         configuration = _configuration(plans, name)
         axes = _axes(plans["transpose_forward"])
         mirror = [axes.index(axis) for axis in first.get("inference_allowed_mirroring_axes") or ()]
-        plan = _plan(plans, dataset, configuration, axes, orientation).model_copy(
-            update={"mirror_axes": tuple(sorted(mirror)), "keep_largest": _keep_largest(folder, tuple(files))}
-        )
+        found = {"mirror_axes": tuple(sorted(mirror)), "keep_largest": _keep_largest(folder, tuple(files))}
+        plan = Plan.model_validate(dict(_plan(plans, dataset, configuration, axes, orientation)) | found)
         first_stage = _first_stage(folder, name, configuration, plan, stages)
         states = {fold: content["network_weights"] for fold, content in read.items()}
         facts = (
@@ -121,7 +120,7 @@ def read_nnunet(
         )
     except ValidationError as error:
         raise ModelError(f"The plans of the model are not supported: {first_problem(error)}.", path=folder) from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             "The files of the model do not fit together, or are not those of nnU-Net v2.", path=folder
         ) from error
