@@ -191,6 +191,12 @@ def test_weights_that_are_no_numbers_never_give_a_label_map(number):
         model.segment(Volume(np.zeros((1, 20, 16, 8)), Grid((20, 16, 8), np.eye(4))))
 
 
+@pytest.mark.parametrize("changes", [{"spacing_mm": (1e-6,) * 3}, {"patch": (2**20,) * 3}])
+def test_an_image_that_would_outgrow_all_memory_is_refused(changes):
+    with pytest.raises(InputError, match="voxels, and 1.7e"):
+        tiny_model(tiny_plan(**changes)).segment(Volume(np.zeros((1, 8, 8, 8)), Grid((8, 8, 8), np.eye(4))))
+
+
 def test_voxels_that_are_zero_stay_zero_where_the_plan_says_so():
     plan = tiny_plan(
         channels=({"name": "MR", "normalization": {"kind": "zscore", "nonzero": True}},), spacing_mm=(0.5, 1, 1)

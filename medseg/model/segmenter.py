@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from medseg.errors import ModelError, UsageError
+from medseg.errors import InputError, ModelError, UsageError
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import nearest_scores, nonzero_box, prepare, with_labels
+from medseg.model.preprocess import nearest_scores, network_grid, nonzero_box, prepare, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stream import pieces
@@ -34,6 +35,9 @@ GPU_BATCH = 4
 
 STEP = 0.5
 """Between tiles, as a share of the patch, where neither plan nor caller say otherwise."""
+
+MOST_VOXELS = 2**34
+"""Voxels that an image may have as the network sees it: 64 GB. More comes of a wrong unit, or of a plan that attacks."""
 
 Box = Sequence[Sequence[float]]
 """Two opposite corners, ((x, y, z), (x, y, z)), in mm of RAS+ world space."""
@@ -125,6 +129,7 @@ class Model:
             part = part.cropped(offset, size)
             start, stop = _sum(start, offset), _sum(start, size)
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        _check_size(part, self.plan)
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
         if self.previous is None:  # else that one sees the same, and warns
@@ -259,6 +264,17 @@ def pick_device(name: str | None) -> torch.device:
             f"There is no device {name!r} here; leave the option away, or say cpu, cuda or mps."
         ) from error
     return device
+
+
+def _check_size(image: Volume, plan: Plan) -> None:
+    """Raise InputError for an image that would become too large: before any memory is taken for it."""
+    voxels = math.prod(map(max, network_grid(image.grid, plan).shape, plan.patch))
+    if voxels > MOST_VOXELS:
+        raise InputError(
+            f"At the spacing of the model the image would have {voxels:.1e} voxels, and {MOST_VOXELS:.1e} are the most. "
+            "Check the units of its spacing, and that of the model.",
+            reason="too_large",
+        )
 
 
 def _check_finite(logits: Tensor) -> None:
