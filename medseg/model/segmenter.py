@@ -37,7 +37,7 @@ STEP = 0.5
 """Between tiles, as a share of the patch, where neither plan nor caller say otherwise."""
 
 MOST_VOXELS = 2**34
-"""Voxels that an image may have as the network sees it: 64 GB. More comes of a wrong unit, or of a plan that attacks."""
+"""Voxels that an image may have as the network sees it: 64 GB. More comes of a wrong unit, or of an attack."""
 
 Box = Sequence[Sequence[float]]
 """Two opposite corners, ((x, y, z), (x, y, z)), in mm of RAS+ world space."""
@@ -271,8 +271,8 @@ def _check_size(image: Volume, plan: Plan) -> None:
     voxels = math.prod(map(max, network_grid(image.grid, plan).shape, plan.patch))
     if voxels > MOST_VOXELS:
         raise InputError(
-            f"At the spacing of the model the image would have {voxels:.1e} voxels, and {MOST_VOXELS:.1e} are the most. "
-            "Check the units of its spacing, and that of the model.",
+            f"At the spacing of the model the image would have {voxels:.1e} voxels, and {MOST_VOXELS:.1e} are the most."
+            " Check the units of its spacing, and that of the model.",
             reason="too_large",
         )
 
