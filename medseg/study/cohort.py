@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 
 from medseg.errors import MedsegError, UsageError
+from medseg.io.dicom_slice import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive
-from medseg.study.find import listed, no_dicom
+from medseg.study.find import listed
 from medseg.study.headers import all_headers, all_study_uids
 
 
@@ -47,15 +48,18 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     files = listed(root, problems)
     archives = {file for file in files if is_archive(file)}
     groups: dict[str, list[Path]] = {f"archive {_below(file, root)}": [file] for file in sorted(archives)}
+    others, folders = [], set()
     for file, uid in all_study_uids([file for file in files if file not in archives]):
-        problem = no_dicom(file) if uid is None else uid
-        if isinstance(problem, MedsegError):
-            problems.append(problem)
-        elif isinstance(uid, str):
+        if uid is None:
+            others.append(file)
+        elif isinstance(uid, MedsegError):
+            problems.append(uid)
+        else:
+            folders.add(file.parent)
             identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
             uids[identity] = uid
             groups.setdefault(identity, []).append(file)
-    _add_problems(groups, problems, root)
+    _add_problems(groups, [*problems, *lost_slices(others, folders)], root)
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
 
