@@ -57,6 +57,20 @@ def numbers_of(group: Any) -> dict[tuple[str, str | None], tuple[float, str]]:
     }
 
 
+@pytest.mark.parametrize("names", [("lesion", "lesion"), ("lesion ", "other"), ("a" * 63 + " b", "other"), (" ", "")])
+def test_every_structure_refers_to_its_own_segment_whatever_its_name(source: Path, names: tuple[str, str]) -> None:
+    """One name twice, and names that end with a space, of their own or where they are cut off."""
+    labels = some_labels(medseg.load(source).grid, (1, 5))
+    table, seg, path = make_labels(zip((1, 5), names, strict=True)), source.parent / "seg.dcm", source.parent / "sr.dcm"
+    save_dicom_seg(labels, seg, source=source, table=table)
+    save_dicom_sr(measure(labels, table), path, source=source, table=table, segmentation=seg)
+    numbers: list[int] = []
+    pydicom.dcmread(path).walk(
+        lambda _, element: numbers.append(element.value) if element.keyword == "ReferencedSegmentNumber" else None
+    )
+    assert numbers == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("modality", "name", "unit"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -63,6 +64,8 @@ class TestLedger:
         assert ledger.verified("a", {}) is None
         publish(ledger, "b", status="refused")
         assert ledger.verified("b", {}) is not None
+        publish(ledger, "c", status="refused", reason="compressed_no_codec")  # decoders may be installed meanwhile
+        assert ledger.verified("c", {}) is None
 
     def test_names_are_keyed_and_the_key_is_for_its_owner(self, tmp_path):
         with ThreadPoolExecutor(8) as pool:
@@ -77,6 +80,27 @@ class TestLedger:
         assert table.read_text().splitlines() == ["n1,1.2.3,/some/DOE", "n2,,b", "n3,,c"]
         for path in (table, tmp_path / "out" / "private" / "key"):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_a_row_that_was_cut_off_is_written_anew(self, tmp_path):
+        ledger = Ledger.open(tmp_path)
+        table = tmp_path / "private" / "studies.csv"
+        rows = [("a", "1.2.3", "/data/first"), ("b", "1.2.4", os.fsdecode(b"/data/\xfc"))]
+        ledger.remember(rows[:1])
+        whole = table.read_bytes()
+        table.write_bytes(whole[:-4])
+        for _ in range(2):
+            ledger.remember(rows)
+        assert table.read_bytes().splitlines() == [whole[:-4], whole.strip(), b"b,1.2.4,/data/\xfc"]
+
+    def test_a_full_disk_leaves_no_damaged_key(self, tmp_path):
+        command = f"from medseg.study.ledger import Ledger; print(len(Ledger.open({str(tmp_path / 'out')!r}).key))"
+        for limit, told in ((0, b""), (resource.RLIM_INFINITY, b"32")):
+            done = subprocess.run(
+                [sys.executable, "-c", f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                 f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); {command}"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+            assert done.stdout.strip() == told
 
     def test_a_folder_that_cannot_be_made_or_has_a_bad_key(self, tmp_path):
         (tmp_path / "file").touch()

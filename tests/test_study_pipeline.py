@@ -64,10 +64,14 @@ class TestFiles:
 
     def test_no_yaml_no_code_no_file(self, tmp_path):
         path = tmp_path / "x.yaml"
-        for text in ("a: [", "!!python/object/apply:os.system ['true']"):
+        twice = "channels:\n  - {name: T1, modality: [MR], description: t1, description: mprage}\n"
+        for text in ("a: [", "!!python/object/apply:os.system ['true']", twice, "a: 2020-13-45", "[" * 5000):
             path.write_text(text)
             with pytest.raises(UsageError, match="no YAML"):
                 load_pipeline(path)
+        path.write_bytes("name: Schädel".encode("latin-1"))
+        with pytest.raises(UsageError, match="not in UTF-8"):
+            load_pipeline(path)
         path.write_text("a" * 1_000_001)
         with pytest.raises(UsageError, match="too long"):
             load_pipeline(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,12 @@ def save_dicom_sr(
     path = Path(path)
     series, _ = located(source)
     sources = headers(series.slices)
-    segments = None if segmentation is None else _segments(Path(segmentation), measurements)
+    segments, numbers = (None, {}) if segmentation is None else _segments(Path(segmentation), measurements)
     rows = measurements or [Measurement(value=1, name="any label", voxels=0, volume_ml=0.0, centroid_mm=None)]
     labels = {label.value: label for label in complete(table, [row.value for row in rows])}
     with referring(path, series.slices):
-        groups = [_group(row, labels[row.value], series.modality, sources, segments) for row in rows]
+        shared = [(_shared(row, labels[row.value], series.modality), numbers.get(row.value)) for row in rows]
+        groups = [_group(content, sources, segments, number) for content, number in shared]
         own = equipment()
         report = ComprehensiveSR(
             evidence=[*{one.SOPInstanceUID: one for one in sources}.values(), *([segments] if segments else [])],
@@ -94,21 +96,13 @@ def _content(groups: Sequence[Any]) -> Dataset:
     return content
 
 
-def _group(row: Measurement, label: Label, modality: str, sources: Sequence[Dataset], segments: Dataset | None) -> Any:
-    """Return the measurement group of one structure."""
-    from highdicom.sr import (
-        CodedConcept,
-        MeasurementsAndQualitativeEvaluations,
-        QualitativeEvaluation,
-        ReferencedSegment,
-        SourceSeriesForSegmentation,
-        TrackingIdentifier,
-        VolumetricROIMeasurementsAndQualitativeEvaluations,
-    )
+def _shared(row: Measurement, label: Label, modality: str) -> dict[str, Any]:
+    """Return what the measurement group of a structure holds, whether it refers to a segment or not."""
+    from highdicom.sr import CodedConcept, QualitativeEvaluation, TrackingIdentifier
     from pydicom.sr.codedict import codes
 
     presence = CodedConcept("705057003", "SCT", "Presence")
-    shared: dict[str, Any] = {
+    return {
         "tracking_identifier": TrackingIdentifier(identifier=named(row.name)),
         "finding_type": CodedConcept(*code_of(label)),
         "measurements": _numbers(row, modality),
@@ -116,9 +110,19 @@ def _group(row: Measurement, label: Label, modality: str, sources: Sequence[Data
             QualitativeEvaluation(presence, codes.SCT.Present if row.voxels else codes.SCT.Absent)
         ],
     }
-    if segments is None or not row.voxels:
+
+
+def _group(shared: dict[str, Any], sources: Sequence[Dataset], segments: Dataset | None, number: int | None) -> Any:
+    """Return the measurement group of one structure, which refers to the segment of this number, if there is one."""
+    from highdicom.sr import (
+        MeasurementsAndQualitativeEvaluations,
+        ReferencedSegment,
+        SourceSeriesForSegmentation,
+        VolumetricROIMeasurementsAndQualitativeEvaluations,
+    )
+
+    if segments is None or number is None:
         return MeasurementsAndQualitativeEvaluations(**shared)
-    number = next(int(item.SegmentNumber) for item in segments.SegmentSequence if item.SegmentLabel == named(row.name))
     segment = ReferencedSegment(
         segments.SOPClassUID,
         segments.SOPInstanceUID,
@@ -162,17 +166,27 @@ def _intensity(modality: str) -> tuple[CodedConcept, CodedConcept]:
     return CodedConcept("intensity", "99MEDSEG", "Voxel intensity"), codes.UCUM.NoUnits
 
 
-def _segments(path: Path, measurements: Sequence[Measurement]) -> Dataset:
-    """Return the header of a SEG that has a segment for every structure that was found."""
+def _segments(path: Path, measurements: Sequence[Measurement]) -> tuple[Dataset, dict[int, int]]:
+    """Return the header of a SEG, and the number of its segment for the value of every structure that was found.
+
+    They are told by their names, of which spaces at the end do not count (VR LO); those of one name by their order.
+    """
     from pydicom import dcmread
 
     with parsing(path):
         data = dcmread(path, stop_before_pixels=True)
-        names = {str(item.SegmentLabel) for item in data.get("SegmentSequence") or []}
-        if not names.issuperset(named(row.name) for row in measurements if row.voxels):
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for item in data.get("SegmentSequence") or []:
+            numbers[str(item.SegmentLabel or "").rstrip()].append(int(item.SegmentNumber))
+    found = {}
+    for row in measurements:
+        name = named(row.name).rstrip()
+        if row.voxels and not numbers[name]:
             raise InputError(
                 "The SEG does not have the labels that were measured. Pass the one written of the same labels.",
                 path=path,
                 reason="other_labels",
             )
-        return data
+        if row.voxels:
+            found[row.value] = numbers[name].pop(0)
+    return data, found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from medseg.errors import OutputError
 from medseg.io import save
 from medseg.io.files import written_whole
 from medseg.study.cohort import Entry
-from medseg.study.ledger import Ledger, key_in, state
+from medseg.study.ledger import Ledger, add_rows, key_in, state
 from medseg.study.rules import DatasetRules
 from medseg.volume import Volume
 
@@ -93,13 +92,7 @@ class DatasetFolder:
     def remember(self, entries: Sequence[Entry]) -> None:
         """Write which study and path each case is."""
         rows = [(self.name(one.identity), one.uid, str(one.files[0].parent)) for one in entries]
-        table = self.private / "studies.csv"
-        known = (
-            {row[0] for row in csv.reader(table.read_text(encoding="utf-8").splitlines())} if table.is_file() else ()
-        )
-        handle = os.open(table, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(handle, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows(row for row in rows if row[0] not in known)
+        add_rows(self.private / "studies.csv", rows)
 
     def kept(self, entry: Entry) -> CaseOutcome | None:
         """Return what an earlier run made of a study with the same rules and files, where it is still there."""

@@ -34,6 +34,9 @@ MANIFEST = "manifest.json"
 KEY_BYTES = 32
 CHUNK = 1 << 20
 
+HERE = frozenset({"compressed_no_codec"})
+"""What refuses a study for want of something on this machine, which may be there the next time."""
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -98,11 +101,8 @@ class Ledger:
     def remember(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Add rows (keyed name, StudyInstanceUID, path) that are not there yet to the table that leads back."""
         table = self.private / "studies.csv"
-        known = {row[0] for row in csv.reader(_lines(table)) if row}
         with _guarded(table):
-            handle = os.open(table, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            with os.fdopen(handle, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                csv.writer(file).writerows(row for row in rows if row[0] not in known)
+            add_rows(table, rows)
 
     def work_path(self, study: str, token: str) -> Path:
         """Return a new path for unfinished outputs of a study."""
@@ -157,7 +157,7 @@ class Ledger:
         True is what says all of `expected` and whose outputs are there with their hashes, and nothing else beside them.
         """
         found = self.manifest(study)
-        if found is None or found.get("status") not in {"done", "refused"}:
+        if found is None or found.get("status") not in {"done", "refused"} or found.get("reason") in HERE:
             return None
         if any(found.get(name) != value for name, value in expected.items()):
             return None
@@ -229,7 +229,12 @@ def key_in(path: Path) -> bytes:
     """Return the key in a file, which the first process to come makes."""
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(KEY_BYTES))
+            try:
+                file.write(secrets.token_hex(KEY_BYTES))
+                file.flush()
+            except OSError:  # a full disk: half a key would stay damaged when there is room again
+                path.unlink()
+                raise
     except FileExistsError:
         pass
     for _ in range(50):
@@ -240,11 +245,19 @@ def key_in(path: Path) -> bytes:
     raise OSError
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return []
+def add_rows(table: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Add the rows that are not there yet to a table for its owner alone (0600); one that was cut off counts as none.
+
+    Raises OSError.
+    """
+    handle = os.open(table, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(handle, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        file.seek(0)
+        text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        known = {row[0] for row in csv.reader(whole.splitlines()) if row}
+        file.write("\r\n" if whole != text else "")
+        csv.writer(file).writerows(row for row in rows if row[0] not in known)
 
 
 def _synced(folder: Path) -> None:

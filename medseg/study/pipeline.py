@@ -143,18 +143,33 @@ def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
 
     Raises UsageError where it says what no such record can, UnreadableFile where it is missing.
     """
-    with reading(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:  # replaced letters would make patterns that match nothing
+        raise UsageError(f"What should be {what} is not in UTF-8. Save it so in your editor.", path=path) from error
     if len(text) > LARGEST_FILE:
         raise UsageError(f"The file is too long for {what}.", path=path)
     try:
-        return kind.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"What should be {what} is no YAML. Look for tabs and for colons without quotes.", path=path
-        ) from error
+        return kind.model_validate(yaml.load(text, _Loader))  # noqa: S506 - it is a SafeLoader
     except ValidationError as error:
         raise UsageError(f"What should be {what} has {_listed(error)}.", path=path) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"What should be {what} is no YAML. Look for tabs, for colons without quotes and for words that are there "
+            "twice.",
+            path=path,
+        ) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which nothing is said twice: of two equal words the first would be forgotten without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        words = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(words)) < len(words):
+            raise yaml.constructor.ConstructorError(None, None, "a word is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load_pipeline(name: str | PathLike[str]) -> Pipeline:
