@@ -93,13 +93,16 @@ class TestLedger:
         assert table.read_bytes().splitlines() == [whole[:-4], whole.strip(), b"b,1.2.4,/data/\xfc"]
 
     def test_a_full_disk_leaves_no_damaged_key(self, tmp_path):
-        command = f"from medseg.study.ledger import Ledger; print(len(Ledger.open({str(tmp_path / 'out')!r}).key))"
         for limit, told in ((0, b""), (resource.RLIM_INFINITY, b"32")):
+            command = (
+                "import resource, signal; from medseg.study.ledger import Ledger; "
+                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
+                f"print(len(Ledger.open({str(tmp_path / 'out')!r}).key))"
+            )
             done = subprocess.run(
-                [sys.executable, "-c", f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-                 f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); {command}"],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
-            )  # fmt: skip
+                [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+            )
             assert done.stdout.strip() == told
 
     def test_a_folder_that_cannot_be_made_or_has_a_bad_key(self, tmp_path):
