@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_weights_that_are_no_numbers_never_give_a_label_map(number):
     with torch.no_grad():
         model.networks[0].outputs[0].bias[1] = number
     with pytest.raises(ModelError, match="scores that are NaN or infinite"):
-        model.segment(Volume(np.zeros((1, 20, 16, 8)), Grid((20, 16, 8), np.eye(4))))
+        model.segment(Volume(np.arange(2560.0).reshape(1, 20, 16, 8), Grid((20, 16, 8), np.eye(4))))
 
 
 @pytest.mark.parametrize("changes", [{"spacing_mm": (1e-6,) * 3}, {"patch": (2**20,) * 3}])
@@ -239,6 +240,14 @@ def test_weights_that_are_missing_or_damaged_are_refused(model_folder):
     assert caught.value.path == file
     file.unlink()
     with pytest.raises(ModelError, match="at least one fold_N.safetensors"):
+        Model.load(model_folder)
+
+
+def test_a_plan_of_more_features_than_memory_holds_is_refused_by_its_weights(model_folder):
+    plan = json.loads((model_folder / "plan.json").read_text())
+    plan["network"]["features"] = [2**22 for _ in plan["network"]["features"]]
+    (model_folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ModelError, match="do not fit the plan"):
         Model.load(model_folder)
 
 

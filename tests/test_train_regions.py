@@ -14,6 +14,7 @@ from torch.nn import functional
 from medseg.errors import DatasetError, ModelError
 from medseg.io import load
 from medseg.model.plan import Plan, Region
+from medseg.model.run import Options, segment_file
 from medseg.model.segmenter import Model
 from medseg.report.metrics import compare_labels
 from medseg.train.cache import prepare_cases
@@ -67,6 +68,14 @@ def test_regions_are_trained_stored_and_segmented_like_imported_ones(shells, tmp
     assert {2} < set(np.unique(model.segment(load(shells.cases[0].images[0])).array)) <= {0, 1, 2}
     again = evaluate(model, shells.fold(0, 3)[1])
     assert again.mean["dice"] == pytest.approx(scores.mean["dice"])
+    image = shells.cases[0].images[0]
+    outcome = segment_file(model, image, tmp_path / "labels.nii.gz", Options(probabilities=True, expected_volumes=True))
+    ball, core = (load(tmp_path / f"labels_probability_{value}.nii.gz") for value in (1, 2))
+    painted = np.where(core.array > 0.5, 2, ball.array > 0.5)  # the later region over the earlier one
+    np.testing.assert_array_equal(load(tmp_path / "labels.nii.gz").array, painted)
+    for row, probability in zip(outcome.measurements, (ball, core), strict=True):
+        volume_ml = probability.array.sum() * probability.grid.voxel_mm3 / 1000
+        assert row.expected_volume_ml == pytest.approx(volume_ml, rel=1e-4)
 
 
 def test_what_is_ignored_is_neither_learned_nor_scored_and_patches_lie_elsewhere(half_seen, tmp_path):

@@ -198,3 +198,8 @@ class Plan(Stored):
     def painted(self) -> tuple[int, ...]:
         """The label value of no output and of each output in turn; without regions background is an output."""
         return (0, *(region.value for region in self.regions or self.labels))
+
+    @property
+    def output_of(self) -> dict[int, int]:
+        """The output of each label value; of regions that are painted with one value, the last."""
+        return {value: place for place, value in enumerate(self.painted[1:], start=0 if self.regions else 1)}

@@ -183,9 +183,10 @@ class _Job:
         with self.report.stage("measure"):
             measurements = tuple(measure(labels, self.model.plan.labels))
             if soft and self.options.expected_volumes:
-                values = [label.value for label in self.model.plan.labels]
-                expected = dict(zip(values, soft.volumes_ml[1:], strict=True))
-                measurements = tuple(replace(row, expected_volume_ml=expected.get(row.value)) for row in measurements)
+                place = self.model.plan.output_of
+                measurements = tuple(
+                    replace(row, expected_volume_ml=soft.volumes_ml[place[row.value]]) for row in measurements
+                )
         with self.report.stage("write"):
             # The labels come last: where they are, the rest is.
             for end, volume in self._maps(soft) if soft else ():
@@ -195,8 +196,8 @@ class _Job:
 
     def _maps(self, soft: SoftMaps) -> Iterator[tuple[str, Volume]]:
         if soft.probabilities:
-            for label, channel in zip(self.model.plan.labels, soft.probabilities.array[1:], strict=True):
-                yield f"probability_{label.value}", soft.probabilities.with_array(channel[None])
+            for value, place in self.model.plan.output_of.items():
+                yield f"probability_{value}", soft.probabilities.with_array(soft.probabilities.array[place][None])
         if soft.uncertainty:
             yield "uncertainty", soft.uncertainty
 

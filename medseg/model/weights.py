@@ -5,6 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from medseg.errors import ModelError
 from medseg.io.files import reading, written_whole
 from medseg.model.networks import build_network
-from medseg.model.plan import Plan
+from medseg.model.plan import Network, Plan
 
 SHIPPED = Path(__file__).parent.parent / "models"
 
@@ -35,13 +36,16 @@ def find_model(name: str | PathLike[str]) -> Path:
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
     """Return the plan's network with the weights in a file. Raises ModelError for damage and for another plan's."""
-    network = build_network(plan.network, plan.inputs, plan.outputs)
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             "The weights cannot be read: the file is missing, damaged, or no safetensors file.", path=file
         ) from error
+    if isinstance(plan.network, Network):
+        with torch.device("meta"):  # a plan that asks for more memory than there is must not get it
+            check_state(build_network(plan.network, plan.inputs, plan.outputs), state, path=file)
+    network = build_network(plan.network, plan.inputs, plan.outputs)
     load_state(network, state, path=file)
     return network
 
