@@ -99,22 +99,20 @@ def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Da
     if not cases:
         raise DatasetError("The dataset has 1 problem(s): there is no labelled image.", path=root)
     twins = sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1)
-    if twins:
-        raise DatasetError(
-            f"The dataset has {len(twins)} problem(s):\n"
-            + "\n".join(f"{name}: two label files are called so; rename or remove one" for name in twins),
-            path=root,
-            reason="cases",
-        )
-    missing = [f"{case.name}: {problem}" for case in cases for problem in missing_files(case)]
-    if missing and check_files:
-        raise DatasetError(
-            f"The dataset has {len(missing)} problem(s):\n" + "\n".join(missing), path=root, reason="cases"
-        )
+    refuse([f"{name}: two label files are called so; rename or remove one" for name in twins], root)
+    if check_files:
+        refuse([f"{case.name}: {problem}" for case in cases for problem in missing_files(case)], root)
     ignore, channels = told.meaning.ignore, len(told.channels)
     cases = [replace(case, ignore=ignore, channels=channels) for case in sorted(cases, key=lambda case: case.name)]
     cases = _with_facts(cases, root / "cases.json", told.meaning.labels)
     return Dataset(told.name, told.channels, told.meaning, tuple(cases))
+
+
+def refuse(problems: Sequence[str], path: Path | None = None) -> None:
+    """Raise DatasetError that lists the problems, a line for each, if there are any."""
+    if problems:
+        text = f"The dataset has {len(problems)} problem(s):\n" + "\n".join(problems)
+        raise DatasetError(text, path=path, reason="cases")
 
 
 def missing_files(case: Case) -> list[str]:

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from medseg.errors import DatasetError
 from medseg.labels import Label, label_map
 from medseg.model.plan import Region
 from medseg.model.preprocess import nonzero_box
 from medseg.model.stored import Stored
 from medseg.train.check import Findings, check_case, check_together, unseen
-from medseg.train.dataset import Case, Dataset
+from medseg.train.dataset import Case, Dataset, refuse
 from medseg.train.parallel import Progress, side_by_side
 from medseg.volume import Volume
 
@@ -87,8 +86,7 @@ def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Finger
     problems += check_together(found)
     if not problems and not any(part.size for part in samples):
         problems.append("no case has a labelled voxel")
-    if problems:
-        raise DatasetError(f"The dataset has {len(problems)} problem(s):\n" + "\n".join(problems), reason="cases")
+    refuse(problems)
     _warn(found, unseen([fact.label_voxels for fact in facts], dataset))
     pooled = np.concatenate(samples, axis=1)
     return Fingerprint(

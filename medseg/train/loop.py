@@ -134,8 +134,8 @@ def _is_checked(cases: Dataset, root: Path, checked: Path) -> bool:
         return False
     if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
         return False
-    told = [file for file in (root / "dataset.json", root / "cases.json") if file.is_file()]
-    return all(is_newer(checked, file) for file in (*told, *(file for case in cases for _, file in case.files)))
+    files = (file for case in cases for _, file in case.files)
+    return is_newer(checked, root / "dataset.json", root / "cases.json", *files)
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's

@@ -110,7 +110,7 @@ def is_scored(dataset: Dataset, where: Path, fold: int) -> bool:
     _, validation = dataset.fold(fold, TrainSettings.load(where / "train.json").folds)
     files = [file for case in validation for _, file in case.files]
     scores = where / f"fold_{fold}.scores.json"
-    return all(is_newer(scores, file) for file in (where / f"fold_{fold}.safetensors", *files))
+    return is_newer(scores, where / f"fold_{fold}.safetensors", *files)
 
 
 def load_prediction(file: Path, reference: Volume) -> tuple[Volume, str | None]:
@@ -128,7 +128,7 @@ def _prediction(where: Path, fold: int, case: Case) -> Path:
 
 def _segment(model: Model, case: Case, target: Path, weights: Path) -> str | None:
     """Write the label map of a case, unless it is there; return the reason where it cannot be made."""
-    if all(is_newer(target, file) for file in (weights, *case.images)):
+    if is_newer(target, weights, *case.images):
         return None
     try:
         labels = model.segment(read_image(case))
@@ -140,9 +140,12 @@ def _segment(model: Model, case: Case, target: Path, weights: Path) -> str | Non
     return None
 
 
-def is_newer(file: Path, other: Path) -> bool:
-    """Return whether a file is there and was not written before another one."""
-    return file.is_file() and (not other.is_file() or file.stat().st_mtime_ns >= other.stat().st_mtime_ns)
+def is_newer(file: Path, *others: Path) -> bool:
+    """Return whether a file is there and was written before none of the others that are there."""
+    if not file.is_file():
+        return False
+    written = file.stat().st_mtime_ns
+    return all(not other.is_file() or written >= other.stat().st_mtime_ns for other in others)
 
 
 def _score(case: Case, file: Path, plan: Plan, failure: str | None) -> CaseScores:
