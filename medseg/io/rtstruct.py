@@ -45,7 +45,7 @@ from medseg.labels import PALETTE, Label
 from medseg.volume import Grid, Volume
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 DECIMALS = 4
 """Decimals of a coordinate in mm: off by at most 0.00005 mm, and 16 characters reach beyond a kilometre."""
@@ -234,8 +234,9 @@ def _contours(regions: Regions, slices: Sequence[Slice], sources: Sequence[Datas
     for frame, part, source in zip(regions.frames, slices, sources, strict=True):
         if part.plane is None:
             raise GeometryError("A slice of the source does not say where it lies.", reason="no_geometry")
+        image = item(ContourImageSequence=[_image(source, part.frame)])["ContourImageSequence"]
         for place, polygon in _outlines(frame):
-            contours[place].append(_contour(lps(polygon, part.plane), _image(source, part.frame)))
+            contours[place].append(_contour(lps(polygon, part.plane), image))
     return contours
 
 
@@ -256,15 +257,13 @@ def _outlines(frame: NDArray[np.generic]) -> Iterator[tuple[int, Polygon]]:
                 yield place, polygon + np.array([columns.start, rows.start])
 
 
-def _contour(points: NDArray[np.float64], image: Dataset) -> Dataset:
+def _contour(points: NDArray[np.float64], image: DataElement) -> Dataset:
+    """Return a contour on a slice; all contours of one slice share the element that names it."""
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
 
-    contour = item(
-        ContourImageSequence=[image],
-        ContourGeometricType="CLOSED_PLANAR",
-        NumberOfContourPoints=len(points),
-    )
+    contour = item(ContourGeometricType="CLOSED_PLANAR", NumberOfContourPoints=len(points))
+    contour[image.tag] = image
     # As the bytes of the file, since objects for millions of numbers would take minutes. Adding 0 makes 0 of -0.
     text = "\\".join(map(str, (np.round(points, DECIMALS) + 0.0).ravel().tolist())).encode()
     text += b" " * (len(text) % 2)
