@@ -113,6 +113,11 @@ assert "matplotlib.pyplot" not in sys.modules  # it keeps every figure, and pick
     run_python(code, str(tmp_path))
 
 
+def test_whoever_starts_a_batch_needs_no_torch() -> None:
+    """Only the workers of a batch hold a network: its own start and memory are small."""
+    run_python("import sys; import medseg.study.batch; assert not {'torch', 'monai', 'matplotlib'} & set(sys.modules)")
+
+
 def test_no_text_names_a_place_on_some_machine() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -18,7 +18,8 @@ from medseg.model.plan import Channel
 from medseg.model.preprocess import prepare
 from medseg.model.segmenter import Model, pick_device
 from medseg.model.soft import SoftMaps
-from medseg.model.weights import find_model, save_weights
+from medseg.model.stored import find_model
+from medseg.model.weights import save_weights
 from medseg.process.normalize import ZScore
 from medseg.volume import Grid, Volume
 

@@ -23,7 +23,7 @@ from medseg.train.checkpoint import INTERRUPT
 from medseg.train.dataset import read_dataset
 from medseg.train.loop import recipe_of, train_model
 from medseg.train.optimize import new_state
-from medseg.train.run import FoldFiles, TrainProgress, run_steps, stop_signals
+from medseg.train.run import FoldFiles, TrainProgress, run_steps
 from medseg.train.settings import Budget, TrainSettings
 from medseg.train.watch import Paced, Probe, Watch, draw_history, stalled
 
@@ -172,15 +172,35 @@ def test_the_time_that_is_left_is_right_within_5_percent(plan, tmp_path, monkeyp
     assert told[-1][1] == 0.0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_a_second_one_does_not_wait(number):
+ASKED_TO_STOP = """
+import signal, sys, time
+from medseg.train.run import stop_signals
+
+for number in (signal.SIGINT, signal.SIGTERM):
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), stop_signals() as stopped:
-        assert not stopped()
-        signal.raise_signal(number)
-        assert stopped()
-        signal.raise_signal(number)
-    assert signal.getsignal(number) is before
+    try:
+        with stop_signals() as stopped:
+            print("runs", stopped(), flush=True)
+            while not stopped():
+                time.sleep(0.01)
+            print("ends its step", flush=True)
+            time.sleep(600)
+    except KeyboardInterrupt:
+        print("does not wait", signal.getsignal(number) is before, flush=True)
+"""
+
+
+def test_a_signal_lets_the_step_end_and_a_second_one_does_not_wait():
+    """In a process of its own, whose main thread is ours."""
+    command = [sys.executable, "-c", ASKED_TO_STOP]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for said in ("runs False", "ends its step"):
+                assert process.stdout.readline().strip() == said
+                process.send_signal(number)
+            assert process.stdout.readline().strip() == "does not wait True"
+    assert process.returncode == 0
 
 
 def test_sigterm_writes_a_checkpoint_and_the_training_goes_on_from_it(balls, plan, tmp_path):

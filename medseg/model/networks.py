@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg.model.monai_kinds import MonaiNetwork, build_monai
+from medseg.errors import ModelError
+from medseg.model.monai_kinds import MonaiNetwork
 from medseg.model.plan import Network, Triple
 
 SLOPE = 0.01
@@ -25,8 +27,47 @@ def build_network(network: Network | MonaiNetwork, inputs: int, outputs: int) ->
     In training mode a U-Net returns a list of logits, one for each resolution that has a head, the finest first.
     """
     if not isinstance(network, Network):
-        return build_monai(network, inputs, outputs)
+        return _monai(network, inputs, outputs)
     return UNet(network, inputs, outputs).apply(_initialize)
+
+
+def _monai(network: MonaiNetwork, inputs: int, outputs: int) -> nn.Module:
+    """Return an untrained network of MONAI that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
+
+    Raises ModelError where MONAI refuses its numbers, or einops is missing.
+    """
+    if network.kind == "monai_swinunetr" and not find_spec("einops"):
+        raise ModelError(
+            'SwinUNETR needs a package that is not installed. Install it with: pip install "medseg[swin]"',
+            reason="not_installed",
+        )
+    from monai.networks import nets
+
+    kinds = {
+        "monai_unet": nets.UNet,
+        "monai_segresnet": nets.SegResNet,
+        "monai_dynunet": nets.DynUNet,
+        "monai_swinunetr": nets.SwinUNETR,
+    }
+    settings: dict[str, Any] = network.model_dump(exclude={"kind"})
+    try:
+        built: nn.Module = kinds[network.kind](spatial_dims=3, in_channels=inputs, out_channels=outputs, **settings)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            "MONAI cannot build the network of the model from its numbers: they contradict each other, or name a layer "
+            "that MONAI does not have.",
+            reason="network",
+        ) from error
+    _drop_counters(built)
+    return built
+
+
+def _drop_counters(network: nn.Module) -> None:
+    """Leave tables and counters of whole numbers out of the weights: they follow from the kind, or serve training."""
+    for module in network.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_floating_point():
+                module.register_buffer(name, buffer, persistent=False)
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:

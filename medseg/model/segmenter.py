@@ -19,9 +19,10 @@ from medseg.model.predict import Predictor
 from medseg.model.preprocess import nearest_scores, network_grid, nonzero_box, prepare, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
+from medseg.model.stored import find_model
 from medseg.model.stream import pieces
 from medseg.model.timing import Report
-from medseg.model.weights import find_model, load_network
+from medseg.model.weights import load_network
 from medseg.model.window import Progress, Window, finished_rows
 from medseg.process.cleanup import keep_largest_piece
 from medseg.process.patches import padding_to

@@ -1,4 +1,4 @@
-"""What a model folder keeps as JSON: whole or not there, and never with a field that nobody knows."""
+"""Model folders: where they are, and what they keep as JSON, whole or not there, without a field that nobody knows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,24 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medseg.errors import ModelError
-from medseg.io.files import written_whole
+from medseg.io.files import reading, written_whole
+
+SHIPPED = Path(__file__).parent.parent / "models"
+
+
+def find_model(name: str | PathLike[str]) -> Path:
+    """Return the folder of a model: the path, or the shipped model of that name.
+
+    Raises ModelError for neither, UnreadableFile where the system refuses to say.
+    """
+    path = Path(name)
+    with reading(path):
+        if path.is_dir():
+            return path
+    if (SHIPPED / path.name / "plan.json").is_file() and path.name == str(name):
+        return SHIPPED / path.name
+    shipped = ", ".join(sorted(plan.parent.name for plan in SHIPPED.glob("*/plan.json")))
+    raise ModelError(f"No model is there: neither a folder nor one that medseg ships ({shipped}).", path=path)
 
 
 class Stored(BaseModel):

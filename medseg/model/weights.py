@@ -1,4 +1,4 @@
-"""Model folders: where they are, and weights in and out of networks. Safetensors only: a model cannot run code."""
+"""Weights in and out of networks. Safetensors only: a model cannot run code."""
 
 from __future__ import annotations
 
@@ -12,26 +12,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from medseg.errors import ModelError
-from medseg.io.files import reading, written_whole
+from medseg.io.files import written_whole
 from medseg.model.networks import build_network
 from medseg.model.plan import Network, Plan
-
-SHIPPED = Path(__file__).parent.parent / "models"
-
-
-def find_model(name: str | PathLike[str]) -> Path:
-    """Return the folder of a model: the path, or the shipped model of that name.
-
-    Raises ModelError for neither, UnreadableFile where the system refuses to say.
-    """
-    path = Path(name)
-    with reading(path):
-        if path.is_dir():
-            return path
-    if (SHIPPED / path.name / "plan.json").is_file() and path.name == str(name):
-        return SHIPPED / path.name
-    shipped = ", ".join(sorted(plan.parent.name for plan in SHIPPED.glob("*/plan.json")))
-    raise ModelError(f"No model is there: neither a folder nor one that medseg ships ({shipped}).", path=path)
+from medseg.model.stored import find_model
 
 
 def load_network(plan: Plan, file: Path) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 from medseg.errors import UsageError
 from medseg.model.plan import Plan
-from medseg.model.weights import find_model
+from medseg.model.stored import find_model
 from medseg.study.archive import opened
 from medseg.study.choose import choose
 from medseg.study.describe import series_names

@@ -73,7 +73,7 @@ def model_digests(pipeline: Pipeline) -> dict[str, str]:
 
     Raises ModelError where one is not there.
     """
-    from medseg.model.weights import find_model
+    from medseg.model.stored import find_model
 
     digests = {"model_sha256": _model_digest(find_model(pipeline.model))}
     if pipeline.localizer is not None:
@@ -236,16 +236,25 @@ _WARNINGS: dict[int, list[str]] = {}
 
 def collect_warnings() -> None:
     """Let the warnings that a study gives go to its manifest, and to nobody else, from now on."""
-    shown = warnings.showwarning
+    shown, warn = warnings.showwarning, warnings.warn
 
     def collect(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
         found = _WARNINGS.get(threading.get_ident())
         if found is None:
             shown(message, category, filename, *rest, **more)
         else:  # those of others may quote a file, and are named by their class
-            found.append(str(message) if filename.startswith(PACKAGE) else f"{category.__name__} of another package")
+            found.append(f"{category.__name__} of another package")
+
+    def tell(message: Any, category: Any = None, stacklevel: int = 1, *rest: Any, **more: Any) -> None:
+        """Take what medseg says past the filters: all threads share them, and one that reads silences others."""
+        found = _WARNINGS.get(threading.get_ident())
+        if found is not None and sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
+            found.append(str(message))
+        else:
+            warn(message, category, stacklevel + 1, *rest, **more)
 
     warnings.showwarning = collect
+    warnings.warn = tell
     warnings.simplefilter("always")
 
 

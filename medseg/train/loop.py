@@ -14,7 +14,8 @@ from medseg.errors import ModelError, OutputError
 from medseg.io.files import reading
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.weights import find_model, recipe_in
+from medseg.model.stored import find_model
+from medseg.model.weights import recipe_in
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
