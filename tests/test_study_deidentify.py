@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from studies import write_pipeline
 
 from medseg import cli
 from medseg.errors import UsageError
+from medseg.study import worker
 from medseg.study.batch import Options, run_batch
 from medseg.study.ledger import Ledger
+from medseg.study.pipeline import load_pipeline
+from medseg.study.worker import Start, model_digests
 
 TORCH = Options(runtime="torch", threads=1, deidentify=True)
 OUTPUTS = ["nifti", "json", "csv", "seg", "seg_labelmap", "rtstruct", "sr"]
@@ -90,6 +94,43 @@ def test_what_verifies_is_kept_and_inputs_are_known_by_a_keyed_hash(tmp_path):
     assert (hidden["deidentified"], open_["deidentified"]) == (True, False)
     (again,) = run_batch(pipeline, studies, out, Options(runtime="torch", threads=1, deidentify=True, verify="full"))
     assert again.kept
+
+
+def test_a_kill_leaves_nothing_in_the_outputs_that_leads_back(tmp_path, monkeypatch):
+    """What is there while a study is read from its archive, and before its objects lose their identifiers."""
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    write_source(tmp_path / "a")
+    shutil.make_archive(studies / "a", "zip", tmp_path / "a")
+    pipeline = load_pipeline(write_pipeline(tmp_path / "pipeline", outputs=["nifti", "seg"]))
+    ledger = Ledger.open(out, deidentify=True)
+    start = Start(
+        pipeline=pipeline.model_dump(mode="json"), studies=str(studies), out=str(out), check=ledger.check, token="t",
+        manifest=model_digests(pipeline), runtime="torch", deidentify=True,
+    )  # fmt: skip
+    seen: list[tuple[int, list[str]]] = []
+
+    def look(name, real):
+        def looked(*arguments):
+            identified = [path for path in (tmp_path / "out.private/work").rglob("*") if path.is_file()]
+            seen.append((len(identified), [path.name for path in out.rglob("*") if path.is_file()]))
+            return real(*arguments)
+
+        monkeypatch.setattr(worker, name, looked)
+
+    look("read_job", worker.read_job)
+    look("deidentify", worker.deidentify)
+    runner = worker.Runner(start, lambda _: None)
+    running = runner.read(worker.Task("study", {str(studies / "a.zip"): "a"}, "s"))
+    runner.segment(running)
+    assert runner.finish(running)["manifest"]["status"] == "done", running.error
+    assert [count for count, _ in seen] == [5, 6]  # the slices, and the SEG beside them
+    assert not [name for _, names in seen for name in names if name != "labels.nii.gz"]
+    assert (out / "study" / "labels.seg.dcm").is_file()
+    assert not [*(tmp_path / "out.private/work").iterdir()]
+
+    killed = ledger.private_folder("study", "other")
+    ledger.sweep("study")
+    assert not killed.exists()
 
 
 def test_nifti_headers_say_nothing_of_the_source(tmp_path):

@@ -353,7 +353,7 @@ class _Batch:
     def _sweep(self) -> None:
         """Remove what interrupted runs left of studies that nobody works on: outputs, and claims of what is done."""
         self.claims.tidy()
-        left = [left for part in (".work", ".claims") for left in (self.ledger.out / part).iterdir()]
+        left = [*self.ledger.unfinished(), *(self.ledger.out / ".claims").iterdir()]
         for study in {path.name.split(".")[0] for path in left}:
             if study and self.claims.claim(study):  # names of other files there begin with a dot
                 self.ledger.sweep(study)

@@ -3,6 +3,7 @@
     OUT/STUDY/manifest.json and outputs     a study that ended, renamed into place as one folder
     OUT/private/key, studies.csv            what leads from keyed names back to studies; for its owner alone (0600).
                                             Of outputs without identifiers it is OUT.private, beside OUT and not in it
+    OUT/private/work                        what archives are unpacked to, and objects until their identifiers are out
     OUT/.claims, OUT/.work                  who works on what, and unfinished outputs; empty when nobody works
 
 The disk is the truth: a study is done when its manifest verifies, and not when a file exists. A work folder is the
@@ -112,6 +113,15 @@ class Ledger:
         """Return a new, empty folder for unfinished outputs of a study. Raises OutputError."""
         return emptied(self.work_path(study, token))
 
+    def private_folder(self, study: str, token: str) -> Path:
+        """Return a new, empty folder for what leads back to a study: a kill leaves nothing of it in outputs without."""
+        return emptied(self.private / "work" / self.work_path(study, token).name)
+
+    def unfinished(self, study: str = "*") -> Iterator[Path]:
+        """Yield the folders of work on a study, or on any: of interrupted runs, if nobody has claimed it."""
+        for folder in (self.out / ".work", self.private / "work"):
+            yield from folder.glob(f"{study}.*")
+
     def publish(self, study: str, work: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Put the outputs in `work` in place with their manifest, in one rename; return the manifest.
 
@@ -174,7 +184,7 @@ class Ledger:
 
         Renamed first: from then on, nobody who still writes there finds the folder again.
         """
-        for folder in (self.out / ".work").glob(f"{study}.*"):
+        for folder in [*self.unfinished(study)]:
             swept = folder.with_name(f"{study}.{secrets.token_hex(8)}")
             with suppress(OSError):
                 folder.rename(swept)

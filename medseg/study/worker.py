@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -143,10 +144,22 @@ class Runner:
         segment_job(job, self.pipeline, self.model, self.localizer)
 
     def _write(self, running: _Running) -> None:
-        write_job(running.job, self.pipeline, self.model.plan.labels, running.work)
-        if self.start.deidentify:
-            for path in running.work.glob("*.dcm"):
+        write = partial(write_job, running.job, self.pipeline, self.model.plan.labels)
+        if not self.start.deidentify:
+            write(running.work)
+            return
+        private = self._private_folder(running)
+        write(private)
+        for path in private.iterdir():
+            if path.suffix == ".dcm":
                 deidentify(path, running.task.study, self.ledger.key)
+            shutil.move(path, running.work / path.name)
+
+    def _private_folder(self, running: _Running) -> Path:
+        """Return a folder for what may lead back to a study; it is gone when the study ends."""
+        folder = self.ledger.private_folder(running.task.study, self.start.token)
+        running.exits.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def _read(self, running: _Running) -> None:
         emptied(running.work)
@@ -154,9 +167,7 @@ class Runner:
         files = {Path(path): name for path, name in running.task.files.items()}
         first = next(iter(files))
         if is_archive(first):
-            unpacked = self.ledger.work_folder(running.task.study, self.start.token)
-            running.exits.callback(shutil.rmtree, unpacked, ignore_errors=True)
-            folder = running.exits.enter_context(opened(first, unpacked))
+            folder = running.exits.enter_context(opened(first, self._private_folder(running)))
             files = {file: self.ledger.name(str(file.relative_to(folder))) for file in listed(folder, [])}
         running.job.files = files
         read_job(running.job, self.pipeline)
