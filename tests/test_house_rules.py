@@ -118,6 +118,15 @@ def test_whoever_starts_a_batch_needs_no_torch() -> None:
     run_python("import sys; import medseg.study.batch; assert not {'torch', 'monai', 'matplotlib'} & set(sys.modules)")
 
 
+def test_loading_a_model_starts_no_compiler() -> None:
+    """They come in by the back door and take two seconds: of random numbers without memory, for instance."""
+    run_python(
+        "import sys; from medseg.model.segmenter import Model\n"
+        "Model.load('hippocampus', device='cpu', runtime='torch').runtime\n"
+        "assert not {'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+    )
+
+
 def test_no_text_names_a_place_on_some_machine() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

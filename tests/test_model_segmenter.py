@@ -10,6 +10,7 @@ from conftest import make_grid, rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNSCALED, Threshold, threshold_model, tiny_model, tiny_plan
+from safetensors.torch import save_file
 from torch import nn
 
 from medseg.errors import GeometryError, InputError, ModelError, UnreadableFile, UsageError
@@ -19,7 +20,7 @@ from medseg.model.preprocess import prepare
 from medseg.model.segmenter import Model, pick_device
 from medseg.model.soft import SoftMaps
 from medseg.model.stored import find_model
-from medseg.model.weights import save_weights
+from medseg.model.weights import load_network, save_weights, state_of
 from medseg.process.normalize import ZScore
 from medseg.volume import Grid, Volume
 
@@ -277,6 +278,15 @@ def test_an_unknown_model_lists_the_shipped_ones(tmp_path):
         find_model("x" * 300)
     assert find_model("hippocampus").name == "hippocampus"
     assert find_model(tmp_path) == tmp_path
+
+
+def test_weights_of_half_precision_are_read_as_what_the_network_computes_in(tmp_path):
+    model = tiny_model()
+    half = {name: tensor.half() for name, tensor in state_of(model.networks[0]).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    network = load_network(model.plan, tmp_path / "half.safetensors")
+    assert all(torch.equal(tensor, half[name].float()) for name, tensor in state_of(network).items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_an_unknown_device_is_refused():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medseg.errors import ModelError
 from medseg.io.files import written_whole
-from medseg.model.networks import build_network
+from medseg.model.networks import UNet, build_network
 from medseg.model.plan import Network, Plan
 from medseg.model.stored import find_model
 
@@ -27,8 +27,11 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
             "The weights cannot be read: the file is missing, damaged, or no safetensors file.", path=file
         ) from error
     if isinstance(plan.network, Network):
-        with torch.device("meta"):  # a plan that asks for more memory than there is must not get it
-            check_state(build_network(plan.network, plan.inputs, plan.outputs), state, path=file)
+        with torch.device("meta"):  # without memory: a plan that asks for more than there is must not get it
+            network: nn.Module = UNet(plan.network, plan.inputs, plan.outputs)
+        check_state(network, state, path=file)
+        network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        return network
     network = build_network(plan.network, plan.inputs, plan.outputs)
     load_state(network, state, path=file)
     return network

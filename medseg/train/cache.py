@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,8 @@ FORMAT = 3
 """Goes up when prepared cases mean something else than before; older ones are made again."""
 
 CHUNKS, BLOCKS = 96, 32
-"""Voxels along an edge of what is written, and of what is unpacked, as a whole; blocks fit into a core's own cache."""
+"""Voxels along an edge, at most, of what is written and of what is unpacked as a whole, a block: it fits into a core's
+own cache."""
 
 PACKING = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
 """Fast to unpack (benchmarks/cache_formats.py); cases are packed side by side."""
@@ -161,7 +163,8 @@ def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, dict[int, Places]] 
 def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, dict[int, Places]]:
     for part in ("image", "target"):
         array = np.ascontiguousarray(arrays[part])
-        chunks, blocks = (_edges(array.shape, longest) for longest in (CHUNKS, BLOCKS))
+        chunks = _edges(array.shape, CHUNKS)
+        blocks = _edges(chunks, BLOCKS)
         packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=PACKING)
         with written_whole(files[part]) as beside:
             beside.write_bytes(packed.to_cframe())
@@ -181,8 +184,8 @@ def _places_in(file: Path) -> dict[int, Places]:
 
 
 def _edges(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
-    """Return edges of a part of an array, its channels apart."""
-    return *(1 for _ in shape[:-3]), *(min(edge, longest) for edge in shape[-3:])
+    """Return edges of equal parts of an array, its channels apart: what is left over would be filled up and packed."""
+    return *(1 for _ in shape[:-3]), *(math.ceil(edge / math.ceil(edge / longest)) for edge in shape[-3:])
 
 
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
