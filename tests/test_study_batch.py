@@ -158,10 +158,13 @@ def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline
     """As git-annex, DVC and many archives keep files: a link with the name, and content under a hash."""
     studies, store = tmp_path / "studies", tmp_path / "store"
     write_study(store, 0)
+    write_study(store, 1)
     source = store / "DOE_JANE_0"
     (store / "damaged").touch()
-    for name in ("linked", "zipped", "zip"):
+    for name in ("linked", "zipped", "zip", "half"):
         (studies / name).mkdir(parents=True)
+    for number, file in enumerate([*(store / "DOE_JANE_1").iterdir(), store / "not fetched"]):
+        (studies / "half" / f"{number}.dcm").symlink_to(file)
     for number, file in enumerate([*source.iterdir(), store / "damaged"]):
         (studies / "linked" / f"{number}.dcm").symlink_to(file)
     shutil.make_archive(store / "whole", "zip", source)
@@ -174,6 +177,7 @@ def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline
         "linked": ("failed", "unreadable"),
         "zipped": ("done", None),
         "zip": ("failed", "unreadable"),
+        "half": ("failed", "missing"),
     }
 
 

@@ -272,6 +272,21 @@ class TestPlaces:
         problems = {study.uid: [error.path.name for error in study.problems] for study in find_studies(tmp_path)}
         assert problems == {"1.2": ["cut.dcm"], "1.3": [], "": ["cut"]}
 
+    def test_a_slice_that_was_not_fetched_is_missed_by_every_reader(self, tmp_path):
+        """As git-annex and DataLad leave what they have not copied: a link that leads nowhere."""
+        write_series(tmp_path / "a", StudyInstanceUID="1.2")
+        (tmp_path / "a" / "notes.txt").symlink_to(tmp_path / "nowhere")
+        read(tmp_path / "a")
+        lost = tmp_path / "a" / "last"
+        lost.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(UnreadableFile, match="The link leads to a file that is not there") as caught:
+            read(tmp_path / "a")
+        assert (caught.value.reason, caught.value.path) == ("missing", lost)
+        (study,) = find_studies(tmp_path)
+        assert [(error.reason, error.path) for error in study.problems] == [("missing", lost)]
+        (entry,) = find_cohort(tmp_path)
+        assert lost in entry.files  # so that the study fails of it
+
     @pytest.mark.parametrize("name", ["last.dcm", "LAST.IMA", "last", "IM.0007", "1.2.840.113619"])
     def test_a_slice_of_which_nothing_is_left_is_missed_by_every_reader(self, tmp_path, name):
         write_series(tmp_path / "a", StudyInstanceUID="1.2")

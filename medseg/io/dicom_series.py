@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
 from medseg.io.dicom_pixels import Native, read_pixels
-from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, read_headers
+from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, may_hold_slices, read_headers
 from medseg.io.files import reading
 from medseg.volume import Array, Grid, Volume
 
@@ -162,7 +162,7 @@ def _files(path: Path) -> list[Path]:
         if path.is_file():
             return [path]
         below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names)
-        return sorted(file for file in below if file.is_file())
+        return sorted(filter(may_hold_slices, below))
 
 
 def _fail(error: OSError) -> None:

@@ -127,6 +127,16 @@ def read_headers(path: Path) -> list[Slice]:
         return [_slice(path, frame, header, description, native) for frame, header in enumerate(headers)]
 
 
+def may_hold_slices(file: Path) -> bool:
+    """Return whether to look into a file: it is there, or a link to one that is not, as of a copy that is not whole."""
+    return file.is_file() or (file.is_symlink() and not file.exists() and not _is_something_else(file))
+
+
+def _is_something_else(file: Path) -> bool:
+    ending = file.suffix.lower()
+    return file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS
+
+
 def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[UnreadableFile]:
     """Return an error for each of the files, none of which is DICOM, that might be what is left of a slice.
 
@@ -136,7 +146,7 @@ def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[Unread
     found = []
     for file in others:
         ending, beside = file.suffix.lower(), file.parent in folders
-        if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS:
+        if _is_something_else(file):
             continue
         if ending == ".dcm" or (beside and ending in DICOM_ENDINGS):
             text = f"A file is called {ending} and is empty, damaged or no DICOM. Copy or export it again."

@@ -15,7 +15,7 @@ from medseg.errors import MedsegError, UnreadableFile
 from medseg.io.dicom_geometry import parallel
 from medseg.io.dicom_header import silence
 from medseg.io.dicom_series import Series, make_series
-from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices
+from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, may_hold_slices
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
 
@@ -77,7 +77,7 @@ def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
         problems.append(UnreadableFile(text, path=error.filename))
 
     below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
-    return sorted(file for file in below if file.is_file())
+    return sorted(filter(may_hold_slices, below))
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
