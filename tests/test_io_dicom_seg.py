@@ -98,6 +98,16 @@ def test_every_voxel_is_where_the_frames_say(tmp_path: Path, kind: str, labelmap
     np.testing.assert_array_equal(found, labels.array)
 
 
+def test_values_that_a_label_map_cannot_hold_are_named(source: Path) -> None:
+    labels = some_labels(choose(source)[1], (1, 2, 7))
+    labels = labels.with_array(np.where(labels.array == 7, 70000, labels.array).astype(np.uint32))
+    path = source.parent / "seg.dcm"
+    with pytest.raises(InputError, match="values up to 65535, and the labels have 70000") as caught:
+        save_dicom_seg(labels, path, source=source, labelmap=True)
+    assert (caught.value.reason, caught.value.path) == ("label_values", path)
+    assert save_dicom_seg(labels, path, source=source) == path
+
+
 @each_encoding
 def test_highdicom_reads_it(source: Path, labelmap: bool) -> None:
     from highdicom.seg import segread

@@ -49,6 +49,7 @@ def edited(tmp_path, **changes):
         ({"labels": []}, "labels: Tuple should have at least 1 item"),
         ({"resampling": {"separate": 3}}, "only with the method resize"),
         ({"regions": [{"name": "all", "members": [1, 2], "value": 2}]}, "must be those of the labels"),
+        ({"mirror_axes": [0, 2, 0]}, "each axis may be mirrored along once"),
         ({"orientation": "RAX"}, "orientation: String should match pattern"),
         (
             {"network": {"kind": "torch.nn.Linear"}},

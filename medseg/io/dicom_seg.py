@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, UsageError
+from medseg.errors import GeometryError, InputError, UsageError
 from medseg.io.dicom_geometry import slice_plane
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 FRAME_TOLERANCE = 0.1
 """How far, in voxels, the corners of a frame may lie from voxels of the source."""
 
+LARGEST_VALUE = 65535
+"""Of a label map: its pixels and the numbers of segments have 16 bits (PS3.3 C.8.20.2)."""
+
 SIDES: dict[Literal["left", "right"], tuple[str, str, str]] = {
     "left": ("7771000", "SCT", "Left"),
     "right": ("24028007", "SCT", "Right"),
@@ -70,8 +73,9 @@ def save_dicom_seg(
     regular grid for slices with irregular steps, each of which takes the labels nearest to it). The encoding is
     BINARY, one frame for each slice on which a label occurs and labels numbered from 1; or LABELMAP, which is smaller,
     keeps the values and is young (2023). Labels that overlap are always BINARY. `algorithm` names what made the
-    labels (None: unknown). Raises GeometryError where the grids differ, OutputError (`unreferable_source`) where the
-    source lacks identifiers, and what reading the headers of the source raises.
+    labels (None: unknown). Raises GeometryError where the grids differ, InputError (`label_values`) for values that a
+    LABELMAP cannot hold, OutputError (`unreferable_source`) where the source lacks identifiers, and what reading the
+    headers of the source raises.
     """
     series, grid = located(source)
     regions = regions_of(on_grid(labels, grid), table, series.heights)
@@ -95,6 +99,14 @@ def write(
     if labelmap and regions.frames.ndim == 4:
         warnings.warn("Labels overlap, which a label map cannot hold: the SEG is binary.", stacklevel=3)
         labelmap = False
+    largest = max(label.value for label in regions.labels)
+    if labelmap and largest > LARGEST_VALUE:
+        raise InputError(
+            f"A label map SEG holds values up to {LARGEST_VALUE}, and the labels have {largest}. Write a binary SEG, "
+            "which numbers them from 1.",
+            path=path,
+            reason="label_values",
+        )
     sources = headers(slices)
     with referring(path, slices):
         if "NumberOfFrames" in sources[0]:

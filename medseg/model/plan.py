@@ -169,6 +169,8 @@ class Plan(Stored):
         values = [label.value for label in self.labels]
         if values != sorted(set(values)):
             raise ValueError("labels must be listed by ascending value, each value once")
+        if len(set(self.mirror_axes)) < len(self.mirror_axes):
+            raise ValueError(f"each axis may be mirrored along once, and mirror_axes is {self.mirror_axes}")
         if self.regions and {region.value for region in self.regions} != set(values):
             raise ValueError("the values that regions are painted with must be those of the labels")
         return self
