@@ -100,7 +100,7 @@ def test_every_voxel_is_where_the_frames_say(tmp_path: Path, kind: str, labelmap
 
 def test_values_that_a_label_map_cannot_hold_are_named(source: Path) -> None:
     labels = some_labels(choose(source)[1], (1, 2, 7))
-    labels = labels.with_array(np.where(labels.array == 7, 70000, labels.array).astype(np.uint32))
+    labels = labels.with_array(labels.array.astype(np.uint32) * 10_000)
     path = source.parent / "seg.dcm"
     with pytest.raises(InputError, match="values up to 65535, and the labels have 70000") as caught:
         save_dicom_seg(labels, path, source=source, labelmap=True)
