@@ -19,7 +19,7 @@ import blosc2
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.train.cache import Chunks, Prepared, prepare_cases
+from medseg.train.cache import BLOCKS, CHUNKS, Chunks, Prepared, equal_parts, prepare_cases
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import fingerprint
 from medseg.train.planner import make_plan
@@ -39,13 +39,11 @@ def as_half(array: Array, file: Path) -> None:
 
 
 def as_blosc2(array: Array, file: Path, codec: blosc2.Codec = blosc2.Codec.LZ4HC, level: int = 5) -> None:
-    """Write chunks of about nnU-Net's sizes: blocks of at most 128 KiB, whole channels apart."""
-    blocks = tuple(min(edge, 32) for edge in array.shape[1:])
-    chunks = tuple(min(edge, 96) for edge in array.shape[1:])
+    """Write chunks as medseg keeps them."""
+    chunks = equal_parts(array.shape, CHUNKS)
+    blocks = equal_parts(chunks, BLOCKS)
     how = {"codec": codec, "clevel": level, "nthreads": 1}
-    blosc2.asarray(
-        np.ascontiguousarray(array), chunks=(1, *chunks), blocks=(1, *blocks), cparams=how, urlpath=str(file)
-    )
+    blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=how, urlpath=str(file))
 
 
 def as_zstd(array: Array, file: Path) -> None:

@@ -163,8 +163,8 @@ def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, dict[int, Places]] 
 def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, dict[int, Places]]:
     for part in ("image", "target"):
         array = np.ascontiguousarray(arrays[part])
-        chunks = _edges(array.shape, CHUNKS)
-        blocks = _edges(chunks, BLOCKS)
+        chunks = equal_parts(array.shape, CHUNKS)
+        blocks = equal_parts(chunks, BLOCKS)
         packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=PACKING)
         with written_whole(files[part]) as beside:
             beside.write_bytes(packed.to_cframe())
@@ -183,7 +183,7 @@ def _places_in(file: Path) -> dict[int, Places]:
     }
 
 
-def _edges(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
+def equal_parts(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
     """Return edges of equal parts of an array, its channels apart: what is left over would be filled up and packed."""
     return *(1 for _ in shape[:-3]), *(math.ceil(edge / math.ceil(edge / longest)) for edge in shape[-3:])
 
