@@ -30,7 +30,9 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
         with torch.device("meta"):  # without memory: a plan that asks for more than there is must not get it
             network: nn.Module = UNet(plan.network, plan.inputs, plan.outputs)
         check_state(network, state, path=file)
-        network.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        # Copied, since what is read lies in the file itself, which somebody may write to while the network runs.
+        own = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+        network.load_state_dict(own, assign=True)
         return network
     network = build_network(plan.network, plan.inputs, plan.outputs)
     load_state(network, state, path=file)
