@@ -19,6 +19,7 @@ from medseg.io.dicom_series import choose
 from medseg.io.label_table import read_table, write_table
 from medseg.io.structures import beside
 from medseg.labels import Label, SnomedCode, make_labels
+from medseg.report.write import write_report
 from medseg.volume import Volume
 
 TABLE = (
@@ -26,6 +27,9 @@ TABLE = (
     Label(value=2, name="left kidney", color="#00ff80", snomed=SnomedCode(value="64033007", meaning="Kidney")),
     Label(value=5, name="liver", color="#0a141e"),
 )
+
+
+TWICE = json.dumps([{"value": 1, "name": name, "color": "#000000"} for name in ("liver", "spleen")])
 
 
 @pytest.fixture
@@ -79,6 +83,31 @@ def test_labels_that_overlap_become_one_mask_each(source: Path, labels: Path) ->
     assert [label.name for label in read_table(folder / "out.labels.json")] == [label.name for label in TABLE]
 
 
+@pytest.mark.parametrize("names", [[(1, "one"), (5, "five"), (7, "seven")], [(5, "five"), (1, "one")], []])
+def test_a_table_names_masks_by_their_values(source: Path, names: list[tuple[int, str]]) -> None:
+    grid, folder = choose(source)[1], source.parent
+    masks = np.zeros((3, *grid.shape), np.uint8)
+    masks[0, 2:6, 2:6], masks[1, 4:9, 3:8], masks[2, 0, 0, 4] = 1, 1, 1
+    medseg.save_rtstruct(Volume(masks, grid), folder / "rt.dcm", source=source, table=TABLE)
+    write_table([Label(value=value, name=name, color="#000000") for value, name in names], folder / "names.json")
+    files = [folder / f"out_{value}.nii.gz" for value in (1, 2, 5)]
+    assert convert(folder / "rt.dcm", folder / "out.nii.gz", source=source, table=folder / "names.json") == files
+    expected = [dict(names).get(value, f"label {value}") for value in (1, 2, 5)]
+    assert [label.name for label in read_table(folder / "out.labels.json")] == expected
+    rows = write_report(source, folder / "rt.dcm", folder / "rows.csv", table=folder / "names.json")
+    assert [(row.name, row.voxels) for row in rows] == list(zip(expected, masks.sum((1, 2, 3)), strict=True))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_names_go_from_volume_to_volume(labels: Path, named: bool) -> None:
+    table, out = labels.with_name("names.json"), labels.with_name("out.nrrd")
+    write_table(make_labels([(1, "one")]), table)
+    convert(labels, out, table=table if named else None)
+    assert read_table(beside(out)) == (make_labels([(1, "one")]) if named else TABLE)
+    convert(labels, labels.with_suffix("").with_suffix(".mha"), table=table)
+    assert read_table(beside(labels)) == TABLE  # of the input
+
+
 def test_a_table_can_be_named(source: Path, labels: Path) -> None:
     plan = source.parent / "plan.json"
     plan.write_text(json.dumps({"labels": [label.model_dump() for label in make_labels([(1, "one"), (2, "two")])]}))
@@ -87,7 +116,7 @@ def test_a_table_can_be_named(source: Path, labels: Path) -> None:
     assert names == ["one", "two", "label 5"]
 
 
-@pytest.mark.parametrize("content", ["[{]", "{}", '[{"value": 0}]', "7"])
+@pytest.mark.parametrize("content", ["[{]", "{}", '[{"value": 0}]', "7", TWICE])
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(InputError, match="A label table is a JSON list") as caught:

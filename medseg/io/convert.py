@@ -9,7 +9,7 @@ from typing import Any
 from medseg.errors import UsageError
 from medseg.io import AnyPath, check_output, save
 from medseg.io.files import check_place
-from medseg.io.label_table import read_table, write_table
+from medseg.io.label_table import write_table
 from medseg.io.structures import beside, load_labels, object_kind, stem
 from medseg.labels import Label
 from medseg.volume import Volume
@@ -50,14 +50,14 @@ def convert(
     held = object_kind(path)
     if source is None and to_object:
         raise UsageError("A DICOM object of labels belongs to a series: give its folder as the source.")
-    labels, names = load_labels(path, source=source, assume_orientation=assume_orientation)
-    if table is not None:
-        names = read_table(table)
+    labels, names = load_labels(path, source=source, table=table, assume_orientation=assume_orientation)
     if to_object:
         written = _write_object(labels, target, kind or "seg", source=source, table=names, algorithm=None)
         return [written] if written else []
     if not held:
         save(labels, target, source=source or (None if assume_orientation else path))
+        if names and beside(target) != beside(path):
+            write_table(names, beside(target))
         return [target]
     return _write_volumes(labels, names, target, source)
 

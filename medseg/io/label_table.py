@@ -33,10 +33,12 @@ def read_table(path: str | os.PathLike[str]) -> tuple[Label, ...]:
         table = TypeAdapter(tuple[Label, ...]).validate_python(
             content["labels"] if isinstance(content, dict) else content
         )
+        if len({label.value for label in table}) < len(table):
+            raise ValueError("a value is there twice")
     except (ValueError, KeyError, ValidationError) as error:
         raise InputError(
-            'A label table is a JSON list of labels such as {"value": 1, "name": "liver", "color": "#e6194b"}; this '
-            "file holds something else.",
+            'A label table is a JSON list of labels such as {"value": 1, "name": "liver", "color": "#e6194b"}, each '
+            "value once; this file holds something else.",
             path=path,
             reason="label_table",
         ) from error

@@ -13,7 +13,7 @@ from medseg.io import VOLUME_ENDINGS, AnyPath, load
 from medseg.io.dicom_header import parsing
 from medseg.io.files import reading
 from medseg.io.label_table import read_table
-from medseg.labels import Label
+from medseg.labels import Label, complete
 from medseg.volume import Volume
 
 if TYPE_CHECKING:
@@ -97,14 +97,28 @@ def describe_structures(path: str | os.PathLike[str]) -> StructureFile | None:
 
 
 def load_labels(
-    path: AnyPath, *, source: AnyPath | None = None, assume_orientation: str | None = None
+    path: AnyPath,
+    *,
+    source: AnyPath | None = None,
+    table: AnyPath | None = None,
+    assume_orientation: str | None = None,
 ) -> tuple[Volume, tuple[Label, ...]]:
     """Return the labels in a volume, or those of an object of labels on the grid of `source`, and their table.
 
-    The table of a volume is in NAME.labels.json beside it; without that file it is empty.
+    The table of a volume is in NAME.labels.json beside it; without that file it is empty. The file `table` names the
+    values otherwise: of masks that overlap it names those that are there, whatever its order.
     Raises UsageError for an object without its source, and what reading raises.
     """
     path = Path(path)
+    given = None if table is None else read_table(table)
+    labels, own = _loaded(path, source, assume_orientation)
+    if given is None or len(labels.array) == 1:
+        return labels, own if given is None else given
+    by_value = {label.value: label for label in complete(given, [label.value for label in own])}
+    return labels, tuple(by_value[label.value] for label in own)
+
+
+def _loaded(path: Path, source: AnyPath | None, assume_orientation: str | None) -> tuple[Volume, tuple[Label, ...]]:
     kind = object_kind(path)
     if kind is None:
         names = read_table(beside(path)) if beside(path).is_file() else ()

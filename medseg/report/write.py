@@ -12,7 +12,6 @@ from medseg.errors import OutputError, UsageError
 from medseg.io import load
 from medseg.io.dicom_series import choose, read_series
 from medseg.io.files import check_place, reading
-from medseg.io.label_table import read_table
 from medseg.io.regions import on_grid
 from medseg.io.structures import load_labels
 from medseg.labels import Label
@@ -49,10 +48,8 @@ def write_report(
     if kind == ".dcm" and not is_series:
         raise UsageError("A DICOM SR refers to the slices of a series: give its folder as the image.")
     scan = read_series(choose(source, repaired=True)[0]) if is_series else load(source)
-    found, names = load_labels(labels, source=source)
+    found, names = load_labels(labels, source=source, table=table)
     found = on_grid(found, scan.grid)
-    if table is not None:
-        names = read_table(table)
     rows = _measured(found, names, scan)
     if kind == ".dcm":
         save_dicom_sr(rows, path, source=source, table=names)
