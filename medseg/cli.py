@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,9 @@ def main() -> None:
     warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
         f"warning: {message}", markup=False, style="yellow"
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the work
+            stream.reconfigure(errors="backslashreplace")
     # Not by raising SIGINT, which a script's background processes ignore.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -114,7 +118,8 @@ def info(
         print_series(facts)
     else:
         for name, value in facts.items():
-            out.print(f"{name:>14}  {plain(value)}", markup=False, highlight=False)
+            shown = "NaN or infinite" if value is None else plain(value)
+            out.print(f"{name:>14}  {shown}", markup=False, highlight=False)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from medseg.errors import MedsegError
 
@@ -103,7 +104,7 @@ def print_json(content: object) -> None:
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table; their keys are the columns."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")  # brackets of a path are no markup
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,24 @@ def test_info_of_a_volume(run, scan):
     assert facts["orientation"] == "LAS"
     assert facts["channels"] == 1
     assert "LAS" in run("info", scan)[1]
+
+
+def test_info_of_a_volume_with_voxels_that_are_no_numbers(run, tmp_path):
+    array = np.zeros((1, 4, 4, 4), np.float32)
+    array[0, 1, 1, :2] = np.nan, np.inf
+    save(Volume(array, Grid((4, 4, 4), np.eye(4))), tmp_path / "image.nii.gz")
+    code, out, err = run("info", tmp_path / "image.nii.gz", "--json")
+    assert (code, err, json.loads(out)["mean"]) == (0, "", None)
+    assert "mean  NaN or infinite" in run("info", tmp_path / "image.nii.gz")[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have names in Unicode alone")
+def test_a_name_that_the_terminal_cannot_show(run, scan, model_folder, tmp_path):
+    named = tmp_path / os.fsdecode(b"M\xfcller [red].nii.gz")
+    scan.rename(named)
+    code, out, err = run("segment", model_folder, named, tmp_path / f"labels_{named.name}", "--report", tmp_path / "r")
+    assert (code, err, (tmp_path / "r").is_file()) == (0, "", True)
+    assert r"M\udcfcller[red].nii.gz" in "".join(out.split())
 
 
 def test_info_of_a_study_gives_each_series_its_verdict(run):
@@ -275,6 +294,20 @@ def test_segment_a_folder_goes_on_after_a_bad_file_and_says_so(run, scan, model_
     code, _, err = run("segment", model_folder, folder, folder)
     assert code == 2
     assert "would replace the images" in err
+
+
+def test_segment_a_folder_says_which_scan_a_link_does_not_lead_to(run, scan, model_folder, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "a.nii.gz").symlink_to(scan)
+    (folder / "b.nii.gz").symlink_to(tmp_path / "not_fetched.nii.gz")
+    (folder / "._a.nii.gz").write_bytes(b"as macOS leaves them")
+    code, _, err = run("segment", model_folder, folder, tmp_path / "labels")
+    assert [file.name for file in (tmp_path / "labels").iterdir()] == ["a.nii.gz"]
+    assert code == 1
+    assert err.replace("\n", "").endswith(
+        "b.nii.gz: The link leads to a file that is not there. Fetch that file, or copy it again."
+    )
 
 
 def test_segment_a_folder_takes_whatever_can_be_read(run, scan, model_folder, tmp_path):

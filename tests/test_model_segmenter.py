@@ -21,7 +21,7 @@ from medseg.model.segmenter import Model, pick_device
 from medseg.model.soft import SoftMaps
 from medseg.model.stored import find_model
 from medseg.model.weights import load_network, save_weights, state_of
-from medseg.process.normalize import ZScore
+from medseg.process.normalize import Rescale, ZScore
 from medseg.volume import Grid, Volume
 
 
@@ -79,6 +79,16 @@ def test_a_tilted_stack_is_segmented_where_it_is():
     found = threshold_model(50, spacing_mm=(1, 1, 1)).segment(image)
     assert found.grid is image.grid
     assert dice(found.array[0] == 1, image.array[0] > 50) > 0.97
+
+
+def test_of_a_tilted_stack_each_channel_has_its_own_air():
+    affine = np.eye(4)
+    affine[1, 2] = 0.3
+    drawn = np.random.default_rng(0).uniform(((-1000,), (5,)), ((1000,), (6,)), (20 * 22 * 16, 2, 1))
+    image = Volume(drawn.astype(np.float32).T.reshape(2, 20, 22, 16), Grid((20, 22, 16), affine))
+    channels = (Channel(name="CT", normalization=Rescale()), Channel(name="MR", normalization=Rescale()))
+    alone = prepare(image.with_array(image.array[1:]), tiny_plan(channels=channels[1:]))
+    np.testing.assert_array_equal(prepare(image, tiny_plan(channels=channels)).array[1], alone.array[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (30, 30, 1), (1, 40, 20), (3, 3, 3)])

@@ -125,11 +125,19 @@ def segment_folder(
 def volume_files(folder: Path) -> list[Path]:
     """Return the files of a folder that `load` reads as volumes, sorted; none where it is a folder of DICOM slices.
 
-    Of a pair of files that is the header. Raises UnreadableFile for a folder that cannot be read.
+    Of a pair of files that is the header. Hidden files are left out, links that lead nowhere are not: they stand for a
+    scan. Raises UnreadableFile for a folder that cannot be read.
     """
     endings = (*VOLUME_ENDINGS, *WRITTEN_AS)
     with reading(folder):
-        return sorted(file for file in folder.iterdir() if file.name.lower().endswith(endings) and file.is_file())
+        named = [file for file in folder.iterdir() if file.name.lower().endswith(endings)]
+        return sorted(
+            file for file in named if not file.name.startswith(".") and (file.is_file() or _leads_nowhere(file))
+        )
+
+
+def _leads_nowhere(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
 
 
 @dataclass(frozen=True)

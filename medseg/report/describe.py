@@ -12,18 +12,26 @@ from medseg.volume import Grid
 
 
 def describe(path: str | PathLike[str], *, assume_orientation: str | None = None) -> dict[str, Any]:
-    """Return the facts of a volume as JSON takes them. Raises what reading the file raises."""
+    """Return the facts of a volume as JSON takes them, None for what NaN or infinity leave unsaid.
+
+    Raises what reading the file raises.
+    """
     volume = load(path, assume_orientation=assume_orientation)
-    low, high = np.percentile(volume.array, (1, 99))
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(volume.array, (1, 99))
+        mean = volume.array.mean(dtype=np.float64)
+    intensities = {
+        "minimum": volume.array.min(),
+        "percentile_01": low,
+        "mean": mean,
+        "percentile_99": high,
+        "maximum": volume.array.max(),
+    }
     return {
         "channels": len(volume.array),
         **_grid_facts(volume.grid),
         "type": str(volume.array.dtype),
-        "minimum": float(volume.array.min()),
-        "percentile_01": float(low),
-        "mean": float(volume.array.mean(dtype=np.float64)),
-        "percentile_99": float(high),
-        "maximum": float(volume.array.max()),
+        **{name: float(value) if np.isfinite(value) else None for name, value in intensities.items()},
     }
 
 
