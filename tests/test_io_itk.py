@@ -163,6 +163,7 @@ def test_nrrd_files_that_are_refused(
     ("fields", "error", "reason", "text"),
     [
         (without("ElementSpacing"), UnknownOrientation, "bad_spacing", "no positive spacing"),
+        ({"DistanceUnits": "cm"}, UnknownOrientation, "units", "another unit than mm"),
         ({"ElementSpacing": "1 2 0"}, UnknownOrientation, "bad_affine", "finite and invertible"),
         ({"TransformMatrix": "1 0 0 1 0 0 0 0 1"}, UnknownOrientation, "bad_affine", "finite and invertible"),
         ({"NDims": "4", "DimSize": "5 4 3 1"}, NotAVolume, "not_a_volume", "other axes, or several values"),

@@ -255,6 +255,13 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypat
     assert make_runtime(PLAN, [one_layer()], device=CPU, runtime="openvino")(patches()).isfinite().all()
 
 
+def test_without_a_home_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_cache, "folder", lambda: Path("~/.cache/medseg/networks"))
+    monkeypatch.chdir(tmp_path)
+    write("a", b"content")
+    assert (list(tmp_path.iterdir()), read("a")) == ([], None)
+
+
 @needs("onnx")
 def test_onnx_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:

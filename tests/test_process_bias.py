@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from medseg.errors import InputError
 from medseg.labels import make_labels
 from medseg.model.plan import Channel, Network, Plan
 from medseg.model.preprocess import prepare
@@ -46,6 +47,16 @@ def test_only_channels_that_ask_for_it_change():
     corrected = correct_bias(two, (True, True))
     assert not corrected.array[1].any()  # constant: there is no field to see
     np.testing.assert_array_equal(correct_bias(two, (False, True)).array[0], image.array[0])
+
+
+def test_one_slice_is_too_thin():
+    image = Volume(
+        np.random.default_rng(0).uniform(1, 9, (1, 20, 20, 1)).astype(np.float32), Grid((20, 20, 1), np.eye(4))
+    )
+    with pytest.raises(InputError, match="at least two voxels along each axis; the image has 20 x 20 x 1") as caught:
+        correct_bias(image, (True,))
+    assert caught.value.reason == "too_thin"
+    assert correct_bias(image, (False,)) is image
 
 
 @pytest.mark.parametrize("lift", [0.0, -1000.0])

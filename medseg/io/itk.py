@@ -142,7 +142,8 @@ def _kinds_of_axes(fields: Mapping[str, str]) -> set[str]:
 
 def _grid(reader: ImageFileReader, fields: Mapping[str, str], assume_orientation: str | None) -> Grid:
     units = re.findall('"([^"]*)"', fields.get("space units", "") + fields.get("units", ""))
-    if not set(units) <= {"mm", ""}:
+    units.append(fields.get("distanceunits", ""))  # of MetaImages, where ITK does not look at it
+    if not set(units) <= {"mm", "", "?"}:
         raise UnknownOrientation("The file measures space in another unit than mm. Convert it.", reason="units")
     spaced, placed = _stated(fields)
     spacing = np.asarray(reader.GetSpacing() if spaced else [np.nan] * 3)

@@ -43,6 +43,8 @@ def fingerprint(network: nn.Module, *facts: object) -> str:
 def read(name: str) -> bytes | None:
     """Return what was stored under a name, or None where nothing is there or a byte of it has changed."""
     file = folder() / name
+    if not file.is_absolute():
+        return None
     try:
         with file.open("rb") as stored:
             checksum, content = stored.read(CHECKSUM_BYTES), stored.read()
@@ -55,6 +57,8 @@ def read(name: str) -> bytes | None:
 def write(name: str, content: bytes) -> None:
     """Store bytes under a name and forget what was used longest ago; where nothing can be written, do nothing."""
     where = folder()
+    if not where.is_absolute():  # without a home "~" stays as it is, and would become a folder here
+        return
     with suppress(OSError, OutputError):
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
         with written_whole(where / name) as beside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.errors import InputError
 from medseg.volume import Volume
 
 SHRINK = 4
@@ -20,11 +21,17 @@ def correct_bias(volume: Volume, channels: tuple[bool, ...]) -> Volume:
     """Return the image as float32 with the bias field divided out of the channels that ask for it.
 
     The field is estimated where a channel is above Otsu's threshold, by one thread, so that it is the same every time.
-    A channel that is constant stays as it is.
+    A channel that is constant stays as it is. Raises InputError (`too_thin`) for an image that is one voxel thick.
     Source: Tustison et al., "N4ITK: improved N3 bias correction", IEEE TMI 2010; SimpleITK's.
     """
     if not any(channels):
         return volume
+    if min(volume.grid.shape) < 2:
+        raise InputError(
+            "The model asks for bias correction, which needs at least two voxels along each axis; the image has "
+            f"{' x '.join(map(str, volume.grid.shape))}. Give it the whole scan.",
+            reason="too_thin",
+        )
     array = volume.array.astype(np.float32)
     for place, wanted in enumerate(channels):
         if wanted and array[place].min() < array[place].max():
