@@ -541,3 +541,16 @@ def test_import(run, tmp_path):
     assert (tmp_path / "model" / "plan.json").is_file()
     code, _, shown = run("import", source, tmp_path / "other", "--folds", "first")
     assert (code, shown) == (2, "medseg: Folds are whole numbers, such as 0,1; not 'first'.\n")
+
+
+def test_a_series_is_not_looked_through_for_each_map(run, model_folder, tmp_path, monkeypatch):
+    from medseg.io import dicom_series
+
+    looked, find = [], dicom_series.find_series
+    monkeypatch.setattr(dicom_series, "find_series", lambda path: looked.append(path) or find(path))
+    series = write_source(tmp_path / "ct")
+    assert run("segment", model_folder, series, tmp_path / "a.nii.gz")[0] == 0
+    once = len(looked)
+    assert run("segment", model_folder, series, tmp_path / "b.nii.gz", "--probabilities", "--uncertainty")[0] == 0
+    assert len(looked) == 2 * once > 0
+    assert load(tmp_path / "b_uncertainty.nii.gz").grid.matches(load(tmp_path / "b.nii.gz").grid)

@@ -49,6 +49,18 @@ def test_one_set_of_numbers(source: Path, labels: Path, tmp_path: Path) -> None:
     assert errors_of_dciodvfy(tmp_path / "a.dcm") == []
 
 
+@pytest.mark.parametrize("ending", ["csv", "png"])
+def test_labels_may_lie_a_hundredth_of_a_millimeter_away(
+    source: Path, labels: Path, tmp_path: Path, ending: str
+) -> None:
+    found = medseg.load(labels)
+    affine = found.grid.affine.copy()
+    affine[0, 3] += 0.01  # as other programs round
+    medseg.save(Volume(found.array, Grid(found.grid.shape, affine)), tmp_path / "near.nii.gz")
+    rows = write_report(source, tmp_path / "near.nii.gz", tmp_path / f"a.{ending}")
+    assert [row.voxels for row in rows] == [np.count_nonzero(found.array == row.value) for row in rows]
+
+
 @pytest.mark.parametrize("kind", ["seg", "rtstruct"])
 def test_labels_may_be_a_dicom_object_and_overlap(source: Path, kind: str, tmp_path: Path) -> None:
     grid = choose(source)[1]

@@ -40,13 +40,13 @@ class Regions:
 
 
 def on_grid(labels: Volume, grid: Grid) -> Volume:
-    """Return the labels with their axes ordered as those of `grid`, which has the same voxels; lossless.
+    """Return the labels on `grid`, which has the same voxels, in any order of axes; lossless.
 
     Raises GeometryError (`source_grid`) where the voxels are not the same, to 0.02 mm.
     """
     for candidate in (labels, labels.reoriented(grid.orientation)):
         if candidate.grid.matches(grid, POSITION_TOLERANCE_MM):
-            return candidate
+            return Volume(candidate.array, grid)
     raise GeometryError(
         f"The labels, {labels.grid.shape} voxels, lie on another grid than their source, {grid.shape} voxels. "
         "Resample them onto the grid of the source first.",

@@ -197,8 +197,10 @@ class _Job:
                 )
         with self.report.stage("write"):
             # The labels come last: where they are, the rest is.
+            # They are what is compared with a series, which is not looked through again for each map.
+            header = None if self.first.is_dir() else self.first
             for end, volume in self._maps(soft) if soft else ():
-                save(volume, _beside(self.target, end), source=self.first)
+                save(volume, _beside(self.target, end), source=header)
             save(labels, self.target, source=self.first)
         return Outcome(self.source, self.target, measurements, self.report)
 
