@@ -19,6 +19,7 @@ patient: the path is an attribute, and whoever shows the error decides whether t
 
 from __future__ import annotations
 
+import traceback
 from os import PathLike
 from pathlib import Path
 
@@ -98,3 +99,12 @@ class UsageError(MedsegError):
     """An argument makes no sense."""
 
     default_reason = "usage"
+
+
+def unexpected(error: BaseException) -> MedsegError:
+    """Return what stands for an error that medseg did not raise, without a word that a file or a third party chose."""
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
+        return MedsegError("The memory did not suffice.", reason="out_of_memory")
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    return MedsegError(f"Unexpected {type(error).__name__} at {where}.", reason="internal")

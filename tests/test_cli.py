@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from models import threshold_model, tiny_model
 from test_model_segmenter import ball
 
 import medseg
+import medseg.model.run
 from medseg import cli
 from medseg.io import load, save
 from medseg.model.weights import save_weights
@@ -294,6 +296,34 @@ def test_segment_a_folder_goes_on_after_a_bad_file_and_says_so(run, scan, model_
     code, _, err = run("segment", model_folder, folder, folder)
     assert code == 2
     assert "would replace the images" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "The memory did not suffice."), (RuntimeError("SMITH"), r"Unexpected RuntimeError at \S+:\d+")],
+)
+@pytest.mark.parametrize("stage", ["read", "segment", "finish"])
+def test_what_nobody_foresaw_costs_one_scan_of_a_folder(
+    run, scan, model_folder, tmp_path, monkeypatch, error, said, stage
+):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    real = getattr(medseg.model.run._Job, stage)
+
+    def fails(job, *arguments):
+        if job.source.name == "b.nii.gz":
+            raise error
+        return real(job, *arguments)
+
+    monkeypatch.setattr(medseg.model.run._Job, stage, fails)
+    code, _, err = run("segment", model_folder, folder, tmp_path / "labels", "--report", tmp_path / "report.json")
+    assert code == 1
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert re.search(rf"b\.nii\.gz: {said}", err.replace("\n", ""))
+    assert "SMITH" not in err
+    assert len(json.loads((tmp_path / "report.json").read_text())) == 3
 
 
 def test_segment_a_folder_says_which_scan_a_link_does_not_lead_to(run, scan, model_folder, tmp_path):

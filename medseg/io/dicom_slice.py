@@ -13,6 +13,7 @@ from medseg.errors import UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
 from medseg.io.dicom_header import Header, damage, frame_headers, parsing
 from medseg.io.dicom_pixels import Native, locate
+from medseg.io.files import leads_nowhere
 from medseg.volume import Affine
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def read_headers(path: Path) -> list[Slice]:
 
 
 def may_hold_slices(file: Path) -> bool:
-    """Return whether to look into a file: it is there, or a link to one that is not, as of a copy that is not whole."""
-    return file.is_file() or (file.is_symlink() and not file.exists() and not _is_something_else(file))
+    """Return whether to look into a file: it is there, or it is a link that leads nowhere, and may be a lost slice."""
+    return file.is_file() or (leads_nowhere(file) and not _is_something_else(file))
 
 
 def _is_something_else(file: Path) -> bool:

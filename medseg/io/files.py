@@ -100,6 +100,11 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UnreadableFile(f"The file could not be read: {cause}. Copy or export it again.", path=path) from error
 
 
+def leads_nowhere(path: Path) -> bool:
+    """Return whether a path is a link to what is not there, as of a file that was not fetched."""
+    return path.is_symlink() and not path.exists()
+
+
 def placed_grid(shape: Sequence[int], affine: Affine) -> Grid:
     """Return the grid that a file states; raises UnknownOrientation where its affine is no place."""
     try:

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import MedsegError, OutputError, UsageError
+from medseg.errors import MedsegError, OutputError, UsageError, unexpected
 from medseg.io import VOLUME_ENDINGS, check_output, load, save
-from medseg.io.files import reading
+from medseg.io.files import leads_nowhere, reading
 from medseg.model.segmenter import Box, Model
 from medseg.model.soft import SoftMaps
 from medseg.model.timing import Report
@@ -113,7 +113,7 @@ def segment_folder(
             try:
                 volume = now.result() if now else job.read()
                 written = pool.submit(job.finish, *job.segment(volume, progress))
-            except MedsegError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other scans do not have it
                 written.set_exception(error)
             if last:
                 yield _settled(*last)
@@ -132,12 +132,8 @@ def volume_files(folder: Path) -> list[Path]:
     with reading(folder):
         named = [file for file in folder.iterdir() if file.name.lower().endswith(endings)]
         return sorted(
-            file for file in named if not file.name.startswith(".") and (file.is_file() or _leads_nowhere(file))
+            file for file in named if not file.name.startswith(".") and (file.is_file() or leads_nowhere(file))
         )
-
-
-def _leads_nowhere(file: Path) -> bool:
-    return file.is_symlink() and not file.exists()
 
 
 @dataclass(frozen=True)
@@ -238,3 +234,5 @@ def _settled(job: _Job, written: Future[Outcome]) -> Outcome:
         return written.result()
     except MedsegError as error:
         return Outcome(job.source, job.target, error=error)
+    except Exception as error:  # noqa: BLE001 - as above
+        return Outcome(job.source, job.target, error=unexpected(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import medseg
-from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile
+from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile, unexpected
 from medseg.io import save
 from medseg.io.dicom_seg import save_dicom_seg
 from medseg.io.dicom_series import Series, read_series
@@ -217,14 +216,9 @@ def ending(error: BaseException) -> dict[str, str]:
 
     A study is refused where it does not suit the pipeline or cannot be read right, and failed where something broke.
     """
-    if isinstance(error, MedsegError):
-        refused = isinstance(error, InputError | GeometryError) and not isinstance(error, UnreadableFile)
-        return {"status": "refused" if refused else "failed", "reason": error.reason, "text": str(error)}
-    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
-        return {"status": "failed", "reason": "out_of_memory", "text": "The memory did not suffice for this study."}
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
-    return {"status": "failed", "reason": "internal", "text": f"Unexpected {type(error).__name__} at {where}."}
+    refused = isinstance(error, InputError | GeometryError) and not isinstance(error, UnreadableFile)
+    known = error if isinstance(error, MedsegError) else unexpected(error)
+    return {"status": "refused" if refused else "failed", "reason": known.reason, "text": str(known)}
 
 
 def versions() -> dict[str, str]:
