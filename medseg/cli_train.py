@@ -145,26 +145,30 @@ def _scores_of_model(folder: Path, references: Path, tolerance_mm: float, device
 
 
 def _scores_of_files(predictions: Path, references: Path, tolerance_mm: float, labels: Path | None) -> Scores:
-    """Return scores of label files; what a dataset around the references says of labels and cases counts."""
+    """Return scores of label files; what a dataset around the references says of labels and cases counts.
+
+    Other names for labels change neither what is to be ignored, unless they name it, nor what was drawn.
+    """
     from medseg.report.metrics import evaluate_folder
     from medseg.train.dataset import read_facts
-    from medseg.train.dataset_json import read_meaning
+    from medseg.train.dataset_json import Meaning, read_meaning
     from medseg.train.evaluate import drawn_alone
 
     root = next((one for one in (references, references.parent) if (one / "dataset.json").is_file()), None)
-    told = labels or (root / "dataset.json" if root else None)
-    if told is None:
+    if root is None and labels is None:
         return evaluate_folder(predictions, references, tolerance_mm=tolerance_mm)
-    meaning = read_meaning(told)
+    own = read_meaning(root / "dataset.json") if root else Meaning(())
+    meaning = read_meaning(labels) if labels else own
+    left_out = None if own.ignore in meaning.values else own.ignore
     scores = evaluate_folder(
         predictions,
         references,
         meaning.labels,
         tolerance_mm=tolerance_mm,
         members=meaning.members,
-        ignore=meaning.ignore,
+        ignore=left_out if meaning.ignore is None else meaning.ignore,
     )
-    return drawn_alone(scores, read_facts(root / "cases.json", meaning.labels)) if root else scores
+    return drawn_alone(scores, read_facts(root / "cases.json", own.labels)) if root else scores
 
 
 def show_failed(scores: Scores) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -521,6 +522,22 @@ def test_evaluate_leaves_out_what_was_not_drawn(run, tmp_path):
     code, out, _ = run("evaluate", root / "labels", root / "labels", "--json")
     cases = {case["case"]: [label["name"] for label in case["labels"]] for case in json.loads(out)["cases"]}
     assert (code, cases) == (0, {"case_0": ["core"], "case_1": ["shell", "core"]})
+
+
+def test_other_names_for_labels_leave_what_the_dataset_says_of_its_cases(run, tmp_path):
+    root = make_shells(tmp_path / "shells", regions=False, ignore=7, cases=2)
+    (root / "cases.json").write_text('[{"case": "case_0", "structures": ["core"]}]')
+    whole = load(root / "labels/case_1.nii.gz")
+    (tmp_path / "found").mkdir()
+    shutil.copy(root / "labels/case_0.nii.gz", tmp_path / "found")
+    filled = np.where(whole.array == 7, 2, whole.array)  # wrong, but nobody knows: it is to be ignored
+    save(whole.with_array(filled), tmp_path / "found/case_1.nii.gz")
+    (tmp_path / "names.json").write_text('{"labels": {"rim": 1, "middle": 2}}')
+    command = ("evaluate", tmp_path / "found", root / "labels", "--labels", tmp_path / "names.json", "--json")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    cases = {case["case"]: {one["name"]: one["dice"] for one in case["labels"]} for case in json.loads(out)["cases"]}
+    assert cases == {"case_0": {"middle": 1.0}, "case_1": {"rim": 1.0, "middle": 1.0}}
 
 
 def test_evaluate_refuses_options_that_would_do_nothing_and_loses_no_scores(run, model_folder, tmp_path):

@@ -123,6 +123,7 @@ def test_cases_json_says_what_was_drawn_and_what_belongs_together(tmp_path):
         ('[{"structures": []}]', "must be a list"),
         ('[{"case": "nobody"}]', "nobody"),
         ('[{"case": "case_0", "structures": ["liver"]}]', "liver"),
+        ('[{"case": "case_0", "structures": []}, {"case": "case_0", "group": "a"}]', "case_0 twice"),
     ],
 )
 def test_a_cases_json_that_makes_no_sense_is_refused(tmp_path, content, message):
@@ -344,6 +345,12 @@ def test_a_group_that_is_null_is_none(tmp_path):
     root = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
     (root / "cases.json").write_text(json.dumps([{"case": f"case_{case}", "group": None} for case in range(2)]))
     assert len(read_dataset(root).fold(0, 2)[1]) == 1
+
+
+def test_a_group_that_is_0_is_one(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3, shape=(4, 4, 4))
+    (root / "cases.json").write_text(json.dumps([{"case": f"case_{case}", "group": case // 2} for case in range(3)]))
+    assert [case.group for case in read_dataset(root)] == ["0", "0", "1"]
 
 
 def test_a_plan_that_is_brought_along_does_not_spare_the_checks(tmp_path):

@@ -132,11 +132,14 @@ def read_facts(path: Path, labels: Sequence[Label]) -> dict[str, tuple[frozenset
         rows = json.loads(path.read_text(encoding="utf-8"))
         facts = {str(row["case"]): row for row in rows}
         drawn = {name: {str(one) for one in row.get("structures", values)} for name, row in facts.items()}
-        groups = {name: str(row.get("group") or "") for name, row in facts.items()}
+        groups = {name: "" if row.get("group") is None else str(row["group"]) for name, row in facts.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
             'The file cases.json must be a list of objects such as {"case": "a", "structures": ["liver"]}.', path=path
         ) from error
+    twice = sorted(name for name, count in Counter(str(row["case"]) for row in rows).items() if count > 1)
+    if twice:  # of two rows one would be forgotten
+        raise DatasetError(f"The file cases.json names {', '.join(twice[:10])} twice: one row for each case.", path=path)
     _refuse_unknown({one for ones in drawn.values() for one in ones} - set(values), path)
     return {
         name: (frozenset(value for one, value in values.items() if one not in drawn[name]), groups[name])
