@@ -263,11 +263,52 @@ def test_a_plan_in_the_folder_is_followed_and_another_refused(balls, plan, tmp_p
 def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(balls, plan, tmp_path):
     state = new_state(plan, FAST, torch.device("cpu"))
     state.save(tmp_path / "fold_0.checkpoint", "another")
-    with pytest.raises(ModelError, match="another plan, dataset, budget or settings"):
+    with pytest.raises(ModelError, match="another plan, dataset, budget, settings or model"):
         train_model(balls, plan, tmp_path, budget="3steps", settings=FAST)
     (tmp_path / "fold_0.checkpoint").write_bytes(b"x" * 100)
     with pytest.raises(ModelError, match="cannot be read. Delete it"):
         train_model(balls, plan, tmp_path, budget="3steps", settings=FAST)
+
+
+def test_a_training_goes_on_with_half_precision_on_another_device(plan, tmp_path):
+    # By default float32 on a CPU, and float16, which needs gradients scaled, on some GPUs: one recipe for both.
+    half = FAST.model_copy(update={"precision": "float16"})
+    scaled, plain = (new_state(plan, settings, torch.device("cpu")) for settings in (half, FAST))
+    plain.step = 7
+    plain.save(tmp_path / "plain", "one")
+    scaled.load(tmp_path / "plain", "one")
+    assert scaled.step == 7
+    scaled.save(tmp_path / "scaled", "one")
+    plain.load(tmp_path / "scaled", "one")
+
+
+def test_what_is_begun_with_another_model_is_another_training(balls, plan, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, folder in enumerate((first, second)):
+        folder.mkdir()
+        plan.save(folder / "plan.json")
+        settings = FAST.model_copy(update={"seed": seed})
+        save_weights(new_state(plan, settings, torch.device("cpu")).network, folder / "fold_0.safetensors")
+    options = {"budget": "1steps", "settings": FAST}
+    train_model(balls, plan, tmp_path / "model", **options, start=first)
+    train_model(balls, plan, tmp_path / "model", **options, start=first)
+    for other in (second, None):
+        with pytest.raises(ModelError, match="trained before, with another plan, dataset, budget, settings or model"):
+            train_model(balls, plan, tmp_path / "model", **options, start=other)
+
+
+def test_folds_that_cannot_be_are_not_written_down(balls, plan, tmp_path):
+    root, folder = balls.cases[0].label.parents[1], tmp_path / "model"
+    folder.mkdir()
+    plan.save(folder / "plan.json")
+    (folder / "train.json").write_text('{"batch": 1}')
+    with pytest.raises(DatasetError, match="cannot be made from 6 cases.*fewer folds"):
+        train_dataset(root, folder, budget="1steps", folds=7)
+    assert (folder / "train.json").read_text() == '{"batch": 1}'
+    train_dataset(root, folder, budget="1steps")
+    with pytest.raises(ModelError, match=r"another train\.json"):
+        train_dataset(root, folder, budget="1steps", folds=3)
+    assert (folder / "train.json").read_text() == '{"batch": 1}'
 
 
 def test_a_training_that_diverges_says_so(balls, plan, tmp_path):

@@ -60,14 +60,19 @@ def begin_with(network: nn.Module, start: str | PathLike[str]) -> None:
     Raises ModelError where the model has no weights, or anything but the outputs differs.
     """
     where = find_model(start)
-    files = sorted(where.glob("fold_*.safetensors"))
-    if not files:
-        raise ModelError("The model to begin with has no weights.", path=where)
-    given, own = state_of(load_network(Plan.load(where / "plan.json"), files[0])), state_of(network)
+    given, own = state_of(load_network(Plan.load(where / "plan.json"), first_weights(where))), state_of(network)
     for name in given.keys() & own.keys():
         if name.startswith("outputs.") and given[name].shape != own[name].shape:
             given[name] = own[name]
     load_state(network, given, path=where)
+
+
+def first_weights(where: Path) -> Path:
+    """Return the file of a model's first fold. Raises ModelError where the model has no weights."""
+    files = sorted(where.glob("fold_*.safetensors"))
+    if not files:
+        raise ModelError("The model to begin with has no weights.", path=where)
+    return files[0]
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:

@@ -62,15 +62,16 @@ class TrainState:
             ) from error
         if numbers["recipe"] != recipe:
             raise ModelError(
-                "The checkpoint was made with another plan, dataset, budget or settings than these. Use those again, "
-                "train into another folder, or delete the checkpoint to begin this fold anew.",
+                "The checkpoint was made with another plan, dataset, budget, settings or model to begin with "
+                "than these. Use those again, train into another folder, or delete the checkpoint to begin this fold "
+                "anew.",
                 path=path,
                 reason="checkpoint",
             )
         load_state(self.network, _below("network.", tensors), path=path)
         load_state(self.average, _below("average.", tensors), path=path)
         self._load_optimizer(_below("optimizer.", tensors))
-        if self.scaler:
+        if self.scaler and "scaler" in numbers:  # not where the training began on a device without
             self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seconds, self.history = numbers["step"], numbers["seconds"], numbers["history"]
 

@@ -76,7 +76,7 @@ class Dataset:
         if not 0 <= fold < folds <= len(groups):
             raise DatasetError(
                 f"Fold {fold} of {folds} cannot be made from {len(groups)} cases or groups of them: folds count from "
-                "0, and each needs one to validate on."
+                "0, and each needs one to validate on. Give fewer folds, or another one."
             )
         order = np.arange(len(groups))
         np.random.RandomState(FOLD_SEED).shuffle(order)

@@ -15,7 +15,7 @@ from medseg.io.files import reading
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
 from medseg.model.stored import find_model
-from medseg.model.weights import recipe_in
+from medseg.model.weights import first_weights, recipe_in
 from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
@@ -62,7 +62,7 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
             cases, plan = plan_dataset(dataset, where, start=start, device=device, progress=progress)
-            settings = _settings_for(where, folds)
+            settings = _settings_for(where, folds, cases)
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
         for one in range(settings.folds) if fold is None else (fold,):
             model = train(fold=one, tensorboard=tensorboard, progress=progress)
@@ -114,11 +114,15 @@ def _planned(where: Path, device: torch.device) -> Plan:
     return make_plan(facts, capacity)
 
 
-def _settings_for(where: Path, folds: int | None) -> TrainSettings:
-    """Return the recipe of a folder with a number of folds, which a train.json that says nothing of it then states."""
+def _settings_for(where: Path, folds: int | None, cases: Dataset) -> TrainSettings:
+    """Return the recipe of a folder with a number of folds.
+
+    A train.json that says nothing of it then states it, where there can be so many and no fold was trained yet.
+    """
     settings = _kept_settings(where)
     if folds is not None:
-        stated = "folds" in settings.model_fields_set
+        cases.fold(0, folds)
+        stated = "folds" in settings.model_fields_set or any(where.glob("fold_*"))
         settings = settings.model_copy(update={"folds": folds})
         if not stated and (where / "train.json").is_file():
             settings.save(where / "train.json")
@@ -171,7 +175,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     with joined() as ranks:
         with ranks.first_alone():
             _claim_folder(where, plan, settings)
-            recipe = recipe_of(plan, settings, limit, training, where / "cache")
+            recipe = recipe_of(plan, settings, limit, training, where / "cache", start)
             _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):
             state = new_state(plan, settings, pick_device(device), start)
@@ -264,9 +268,9 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
 def _check_trained_so(weights: Path, recipe: str) -> None:
     if weights.is_file() and recipe_in(weights) != recipe:
         raise ModelError(
-            "This fold was trained before, with another plan, dataset, budget or settings: some of what it would be "
-            "validated on may have been trained on. Use those again, train into another folder, or delete the weights "
-            "to train the fold anew.",
+            "This fold was trained before, with another plan, dataset, budget, settings or model to begin with: some of "
+            "what it would be validated on may have been trained on. Use those again, train into another folder, or "
+            "delete the weights to train the fold anew.",
             path=weights,
             reason="trained",
         )
@@ -277,16 +281,28 @@ def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
     return content.model_copy(update={"keep_largest": ()}) if isinstance(content, Plan) else content
 
 
-def recipe_of(plan: Plan, settings: TrainSettings, budget: Budget, cases: Sequence[Case], cache: Path) -> str:
-    """Return a hash of all that weights depend on, what is in the files of the training cases included."""
+def recipe_of(  # noqa: PLR0913 - all of it decides
+    plan: Plan,
+    settings: TrainSettings,
+    budget: Budget,
+    cases: Sequence[Case],
+    cache: Path,
+    start: str | PathLike[str] | None = None,
+) -> str:
+    """Return a hash of all that weights depend on: what is in the files of the training cases, and the first weights.
+
+    Raises ModelError where the model `start` has no weights.
+    """
     _make_folder(cache)
     hashes = FileHashes(cache / "files.json")
     content = side_by_side(partial(_content, hashes=hashes), cases)
+    begun = () if start is None else (hashes.of(first_weights(find_model(start))),)
     parts = (
         _compared(plan).model_dump_json(),
         settings.model_dump_json(),
         budget.model_dump_json(),
         *(f"{case.name} {sorted(case.undrawn)} {case.ignore} {files}" for case, files in content),
+        *begun,
     )
     hashes.save()
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
