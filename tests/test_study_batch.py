@@ -30,9 +30,12 @@ import medseg
 from medseg import cli
 from medseg.errors import ModelError, UnreadableFile, UsageError
 from medseg.io import load
+from medseg.study import batch
 from medseg.study.batch import Options, Progress, run_batch
 from medseg.study.cohort import find_cohort
+from medseg.study.engine import Hand
 from medseg.study.run import ending
+from medseg.study.worker import Start
 
 TORCH = Options(runtime="torch", threads=1)
 
@@ -319,6 +322,41 @@ def wait_for_the_end_of(mark: str) -> None:
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes_with(mark)
+
+
+class SlowWriter(Hand):
+    """A process that computes at once, and writes only when there is nothing else to do."""
+
+    def __init__(self, start: Start, workers: int):
+        super().__init__("slow")
+        self.events, self.most = self, 0
+        self.ready, self.unwritten, self.answers = True, [], []
+
+    def hire(self, hands, wanted):
+        return [] if hands else [self]
+
+    def send(self, task):
+        self.take(task.study)
+        self.most = max(self.most, len(self.in_flight))
+        self.unwritten.append(task.study)
+        self.answers.append({"computed": task.study})
+
+    def get(self, timeout):
+        ended = {"status": "done", "reason": None, "text": None}
+        return self, self.answers.pop(0) if self.answers else {"done": self.unwritten.pop(0), "manifest": ended}
+
+    def close(self):
+        pass
+
+
+def test_what_is_computed_does_not_pile_up_where_writing_takes_longer(tmp_path, pipeline, monkeypatch):
+    for number in range(8):
+        write_study(tmp_path / "in", number)
+    engines = []
+    monkeypatch.setattr(batch, "Local", lambda *given: engines.append(SlowWriter(*given)) or engines[0])
+    outcomes = run_batch(pipeline, tmp_path / "in", tmp_path / "out", TORCH)
+    assert [one.status for one in outcomes] == ["done"] * 8
+    assert engines[0].most == batch.MOST_HELD
 
 
 def test_wrong_use_is_said_before_anything_is_made(tmp_path, pipeline):

@@ -34,6 +34,9 @@ MOST_STARTS = 3
 AHEAD = 2
 """Studies that a process has and has not computed yet: one in work, one being read."""
 
+MOST_HELD = 4
+"""Studies that a process has in all: those that are computed wait in its memory to be written."""
+
 POLL_S, ELSEWHERE_S = 0.5, 2.0
 """How often progress is shown, and studies that another batch has claimed are looked at."""
 
@@ -180,7 +183,7 @@ class _Batch:
                     hand.alone = True
                     self._send(hand, self.suspects.popleft())
                 continue
-            while hand.uncomputed < AHEAD and (study := self._next()) is not None:
+            while hand.uncomputed < AHEAD and len(hand.in_flight) < MOST_HELD and (study := self._next()) is not None:
                 self._send(hand, study)
 
     def _ready_hands(self) -> list[Hand]:
