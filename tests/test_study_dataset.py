@@ -17,7 +17,7 @@ from dicom_files import FRAME, STUDY, write_series, write_source
 
 import medseg
 from medseg import cli
-from medseg.errors import OutputError, UnreadableFile, UsageError
+from medseg.errors import DatasetError, OutputError, UnreadableFile, UsageError
 from medseg.io.dicom_seg import save_dicom_seg
 from medseg.io.dicom_series import choose, find_series, read_series
 from medseg.io.rtstruct import save_rtstruct
@@ -164,6 +164,30 @@ def test_what_is_done_is_kept_and_what_changed_is_done_again(tmp_path: Path) -> 
     assert [file.name for file in (tmp_path / "out" / "labels").iterdir()] == [f"{changed[1].case}.nii.gz"]
 
 
+def test_a_dataset_that_is_being_made_cannot_be_trained_on(tmp_path: Path) -> None:
+    for number in (1, 2):
+        study(tmp_path / "studies", number, {"liver": "liver"})
+    made(tmp_path)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    turned = rules(tmp_path, labels=RULES["labels"][::-1])  # liver is 2 now
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(tmp_path / "studies", tmp_path / "out", turned, progress=interrupt)
+    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+        read_dataset(tmp_path / "out")
+    make_dataset(tmp_path / "studies", tmp_path / "out", turned)
+    assert [label.name for label in read_dataset(tmp_path / "out").labels] == ["kidney", "liver"]
+    study(tmp_path / "more", 3, {"kidney l": "kidney"})
+    study(tmp_path / "more", 4, {"kidney l": "kidney"})
+    with pytest.raises(KeyboardInterrupt):  # one more case, of which cases.json does not say that it has no liver drawn
+        make_dataset(tmp_path / "more", tmp_path / "out", turned, progress=interrupt)
+    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+        read_dataset(tmp_path / "out")
+
+
 def test_studies_can_be_added_from_another_folder(tmp_path: Path) -> None:
     study(tmp_path / "studies", 1, {"liver": "liver"})
     study(tmp_path / "more", 2, {"liver": "liver"})
@@ -287,6 +311,8 @@ def test_a_damaged_file_fails_its_study_alone_and_is_tried_again(tmp_path: Path)
         ({"labels": []}, "labels"),
         ({"labels": [{"name": "a"}, {"name": "a"}]}, "two labels or two channels have one name"),
         ({"labels": [{"name": "background"}]}, "background is what is left"),
+        ({"labels": [{"name": "ignore"}]}, "for something else"),
+        ({"labels": [{"name": "2"}, {"name": "1"}]}, "for something else"),
         ({"labels": [{"name": "a", "match": ["("]}]}, "no regular expression"),
         ({"overlap": "mix"}, "overlap"),
     ],

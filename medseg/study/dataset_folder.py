@@ -84,7 +84,8 @@ class DatasetFolder:
         ]
 
     def remove(self, case: str) -> None:
-        """Remove what an earlier run made of a study."""
+        """Remove what an earlier run made of a study, and dataset.json: until all is told anew, nobody trains on it."""
+        (self.out / "dataset.json").unlink(missing_ok=True)
         for file in (*(self.out / "images").glob(f"{case}*"), *(self.out / "labels").glob(f"{case}*")):
             file.unlink()
         (self.private / "cases" / f"{case}.json").unlink(missing_ok=True)
@@ -138,9 +139,9 @@ class DatasetFolder:
             "numTraining": len(taken),
             "file_ending": ENDING,
         }
-        _write_json(content, self.out / "dataset.json")
         cases = [{name: record[name] for name in ("case", "structures", "group")} for record in taken]
         _write_json(cases, self.out / "cases.json")
+        _write_json(content, self.out / "dataset.json")  # last: without it nobody trains
         rows = [
             (one.case, one.status, one.reason, one.text, "; ".join(one.structures), "; ".join(one.warnings))
             for one in outcomes

@@ -139,7 +139,9 @@ def read_facts(path: Path, labels: Sequence[Label]) -> dict[str, tuple[frozenset
         ) from error
     twice = sorted(name for name, count in Counter(str(row["case"]) for row in rows).items() if count > 1)
     if twice:  # of two rows one would be forgotten
-        raise DatasetError(f"The file cases.json names {', '.join(twice[:10])} twice: one row for each case.", path=path)
+        raise DatasetError(
+            f"The file cases.json names {', '.join(twice[:10])} twice: one row for each case.", path=path
+        )
     _refuse_unknown({one for ones in drawn.values() for one in ones} - set(values), path)
     return {
         name: (frozenset(value for one, value in values.items() if one not in drawn[name]), groups[name])

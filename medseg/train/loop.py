@@ -268,8 +268,8 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
 def _check_trained_so(weights: Path, recipe: str) -> None:
     if weights.is_file() and recipe_in(weights) != recipe:
         raise ModelError(
-            "This fold was trained before, with another plan, dataset, budget, settings or model to begin with: some of "
-            "what it would be validated on may have been trained on. Use those again, train into another folder, or "
+            "This fold was trained before, with another plan, dataset, budget, settings or model to begin with: some "
+            "of what it would be validated on may have been trained on. Use those again, train into another folder, or "
             "delete the weights to train the fold anew.",
             path=weights,
             reason="trained",
@@ -281,7 +281,7 @@ def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
     return content.model_copy(update={"keep_largest": ()}) if isinstance(content, Plan) else content
 
 
-def recipe_of(  # noqa: PLR0913 - all of it decides
+def recipe_of(
     plan: Plan,
     settings: TrainSettings,
     budget: Budget,
