@@ -338,7 +338,7 @@ class TestManyFiles:
         (tmp_path / "0" / "cut").write_bytes(next((tmp_path / "0").iterdir()).read_bytes()[:300])
         alone, alone_cohort = find_studies(tmp_path), find_cohort(tmp_path)
         monkeypatch.setattr("medseg.study.headers.MANY", 10)
-        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        monkeypatch.setattr("medseg.study.headers.cores", lambda: 2)
         together = find_studies(tmp_path)
         assert [study.files for study in together] == [study.files for study in alone]
         for ours, theirs in zip(together, alone, strict=True):

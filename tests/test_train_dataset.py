@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import nibabel
 import numpy as np
 import pytest
 from datasets import make_balls
 
+from medseg.cores import cores
 from medseg.errors import DatasetError, ModelError
 from medseg.io import load, save
 from medseg.model.run import segment_file
@@ -17,6 +19,7 @@ from medseg.train.dataset import Dataset, read_dataset
 from medseg.train.dataset_json import Meaning
 from medseg.train.fingerprint import Fingerprint, fingerprint
 from medseg.train.loop import plan_dataset, train_dataset
+from medseg.train.parallel import side_by_side
 from medseg.volume import Grid, Volume
 
 
@@ -345,6 +348,16 @@ def test_a_group_that_is_null_is_none(tmp_path):
     root = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
     (root / "cases.json").write_text(json.dumps([{"case": f"case_{case}", "group": None} for case in range(2)]))
     assert len(read_dataset(root).fold(0, 2)[1]) == 1
+
+
+def test_cases_are_looked_at_on_the_cores_that_are_given_to_it(monkeypatch):
+    together = threading.Barrier(2)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5}, raising=False)
+    found = side_by_side(lambda _: (together.wait(10), threading.get_ident()), [None] * 8)
+    assert len({thread for _, (_, thread) in found}) == 2
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert cores() == 64
 
 
 def test_a_group_that_is_0_is_one(tmp_path):

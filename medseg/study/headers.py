@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from medseg.cores import cores
 from medseg.errors import MedsegError
 from medseg.io.dicom_slice import Slice, read_headers, read_study_uid
 
@@ -41,7 +42,7 @@ def package_environment() -> dict[str, str]:
 
 
 def _each(kind: str, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-    count = min(os.cpu_count() or 1, len(files) // (MANY // 2))
+    count = min(cores(), len(files) // (MANY // 2))
     if len(files) < MANY or count < 2:
         yield from _read(kind, files)
         return

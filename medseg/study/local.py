@@ -9,10 +9,10 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from os import cpu_count
 from queue import SimpleQueue
 from typing import Any
 
+from medseg.cores import cores
 from medseg.study.engine import Event, Hand
 from medseg.study.headers import package_environment
 from medseg.study.worker import Start, Task
@@ -27,7 +27,7 @@ class Local:
     def __init__(self, start: Start, workers: int):
         threads = start.threads
         if threads is None and workers > 1:
-            threads = max(1, (cpu_count() or 1) // workers)
+            threads = max(1, cores() // workers)
         self._start = replace(start, threads=threads)
         self._workers = workers
         self.events: SimpleQueue[Event] = SimpleQueue()
