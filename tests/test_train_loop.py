@@ -18,7 +18,7 @@ import pytest
 import torch
 from datasets import make_balls, small_plan
 
-from medseg.errors import DatasetError, ModelError, OutputError, UnreadableFile, UsageError
+from medseg.errors import ClusterError, DatasetError, ModelError, OutputError, UnreadableFile, UsageError
 from medseg.io import load, save
 from medseg.labels import make_labels
 from medseg.model.plan import Plan, Region
@@ -31,6 +31,7 @@ from medseg.train.dataset import read_dataset
 from medseg.train.dataset_json import Meaning
 from medseg.train.loop import plan_from, train_dataset, train_model
 from medseg.train.optimize import new_state, optimize
+from medseg.train.ranks import Ranks
 from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
 from medseg.train.schedules import schedule
@@ -142,6 +143,19 @@ def test_two_processes_train_as_one_with_twice_the_batch(balls, plan, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=2e-3)
+
+
+def test_a_process_whose_others_have_ended_says_so_in_a_line(monkeypatch):
+    def closed(*_: object) -> None:
+        raise RuntimeError("[transport/tcp/pair.cc:553] Connection closed by peer")
+
+    for name in ("barrier", "broadcast", "all_reduce"):
+        monkeypatch.setattr(torch.distributed, name, closed)
+    ranks, weight = Ranks(1, 2), torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    for share in (ranks.wait, lambda: ranks.agreed(1.0), lambda: ranks.average_gradients([weight])):
+        with pytest.raises(ClusterError, match="Another process of this training has ended"):
+            share()
 
 
 def test_a_finished_fold_is_not_trained_again(balls, plan, tmp_path):

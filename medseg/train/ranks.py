@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
+from medseg.errors import ClusterError
+
 PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which prepares thousands of cases alone; torch's own is ten minutes."""
 
@@ -31,9 +33,10 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process has come this far."""
+        """Return when every process has come this far. Raises ClusterError where one has ended."""
         if self.size > 1:
-            distributed.barrier()
+            with _together():
+                distributed.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -51,7 +54,8 @@ class Ranks:
         shared = torch.tensor([number], dtype=torch.float64)
         if torch.cuda.is_available():
             shared = shared.cuda()
-        distributed.broadcast(shared, 0)
+        with _together():
+            distributed.broadcast(shared, 0)
         return float(shared)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -60,11 +64,21 @@ class Ranks:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce(flat)
+        with _together():
+            distributed.all_reduce(flat)
         flat /= self.size
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view(gradient.shape))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say in a line that another process has ended, where torch says it in a page that hides what that one has said."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ClusterError("Another process of this training has ended: what it said is the reason.") from error
 
 
 @contextmanager
