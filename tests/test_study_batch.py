@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,13 +29,15 @@ from studies import (
 
 import medseg
 from medseg import cli
-from medseg.errors import ModelError, UnreadableFile, UsageError
+from medseg.errors import InputError, ModelError, UnreadableFile, UsageError
 from medseg.io import load
 from medseg.study import batch
+from medseg.study.archive import opened
 from medseg.study.batch import Options, Progress, run_batch
 from medseg.study.cohort import find_cohort
 from medseg.study.engine import Hand
-from medseg.study.run import ending
+from medseg.study.find import listed, read_studies
+from medseg.study.run import ending, only_study
 from medseg.study.worker import Start
 
 TORCH = Options(runtime="torch", threads=1)
@@ -322,6 +325,22 @@ def wait_for_the_end_of(mark: str) -> None:
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not processes_with(mark)
+
+
+def test_an_archive_holds_one_study(tmp_path):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("slice.dcm", b"")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.write(tmp_path / "inner.zip", "inner.zip")
+    with opened(tmp_path / "outer.zip") as folder, pytest.raises(InputError, match="archives inside of it") as refused:
+        only_study(read_studies(listed(folder, [])))
+    assert refused.value.reason == "no_dicom"
+    for number in range(2):
+        write_study(tmp_path / "in", number)
+    files = sorted(file for file in (tmp_path / "in").rglob("*") if file.is_file())
+    assert len(only_study(read_studies(files[: len(files) // 2])).series) == 1
+    with pytest.raises(InputError, match="one study, found 2"):
+        only_study(read_studies(files))
 
 
 class SlowWriter(Hand):

@@ -30,7 +30,7 @@ from medseg.study.cohort import Entry, find_cohort, with_objects
 from medseg.study.dataset_folder import CaseOutcome, DatasetFolder
 from medseg.study.find import Study, listed, read_studies
 from medseg.study.rules import DatasetRules, LabelRule, load_rules
-from medseg.study.run import ending, read_channels
+from medseg.study.run import ending, only_study, read_channels
 from medseg.volume import Array, Grid, Volume
 
 TOLD = {
@@ -101,7 +101,7 @@ def _made(entry: Entry, rules: DatasetRules, folder: DatasetFolder) -> tuple[_Ma
             files = [*entry.files] if place == entry.files[0] else listed(place, [])
             patient = _patient_id(files)
             outcome = replace(outcome, group=folder.name(f"patient {patient}") if patient else case)
-            _make(made, _only(read_studies(files)), entry.objects, rules)
+            _make(made, only_study(read_studies(files)), entry.objects, rules)
             told = [str(one.message) for one in caught if "medseg" in one.filename]
     except Exception as error:  # noqa: BLE001 - one study never stops the rest
         end = ending(error)
@@ -137,15 +137,6 @@ def _make(made: _Made, study: Study, others: Sequence[Path], rules: DatasetRules
     found = _structures([file for file in objects if _refers(file, first)], first, rules, made)
     made.labels, made.structures = _labelled(found, first, image.grid, rules)
     made.image = image
-
-
-def _only(studies: Sequence[Study]) -> Study:
-    problems = [problem for study in studies for problem in study.problems]
-    if problems:
-        raise problems[0]
-    if len(studies) != 1:
-        raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
-    return studies[0]
 
 
 def _objects(study: Study, others: Sequence[Path]) -> list[StructureFile]:

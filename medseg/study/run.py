@@ -27,7 +27,7 @@ from medseg.report.measurements import Measurement, measure, save_measurements
 from medseg.report.pictures import draw_overlay
 from medseg.study.choose import Selection, choose, share_space
 from medseg.study.describe import study_facts
-from medseg.study.find import read_studies
+from medseg.study.find import Study, read_studies
 from medseg.study.ledger import sha256
 from medseg.study.localize import localize, segment_box
 from medseg.study.pipeline import Cleanup, Pipeline
@@ -134,14 +134,9 @@ def read_job(job: Job, pipeline: Pipeline) -> None:
     Raises UnreadableFile where any file of the study is damaged: a missing end would not be noticed. Raises what
     refuses the study, and what reading pixels raises.
     """
-    studies = read_studies([*job.files])
-    problems = [problem for study in studies for problem in study.problems]
-    if problems:
-        raise problems[0]
-    if len(studies) != 1:
-        raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
-    selection = choose(studies[0].series, pipeline.channels, register=pipeline.registration is not None)
-    job.facts["series"] = _series_facts(study_facts(studies[0]), selection)
+    study = only_study(read_studies([*job.files]))
+    selection = choose(study.series, pipeline.channels, register=pipeline.registration is not None)
+    job.facts["series"] = _series_facts(study_facts(study), selection)
     if selection.refusal is not None:
         raise selection.refusal
     job.series = selection.series
@@ -151,6 +146,21 @@ def read_job(job: Job, pipeline: Pipeline) -> None:
     except OSError as error:
         raise UnreadableFile(f"A file of the study could not be read: {error.strerror}.") from error
     job.image, job.facts["registrations"] = read_channels(job.series)
+
+
+def only_study(studies: Sequence[Study]) -> Study:
+    """Return the one study that files are of. Raises what is wrong in it, and InputError for none and for several."""
+    problems = [problem for study in studies for problem in study.problems]
+    if problems:
+        raise problems[0]
+    if not studies:
+        raise InputError(
+            "No DICOM file is in the archive; archives inside of it are not opened: unpack them yourself.",
+            reason="no_dicom",
+        )
+    if len(studies) > 1:
+        raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
+    return studies[0]
 
 
 def segment_job(job: Job, pipeline: Pipeline, model: Model, localizer: Model | None = None) -> None:
