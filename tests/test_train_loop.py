@@ -36,6 +36,7 @@ from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
 from medseg.train.schedules import schedule
 from medseg.train.settings import Budget, TrainSettings
+from medseg.train.watch import Watch
 
 FAST = TrainSettings(folds=3)
 
@@ -96,6 +97,23 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(balls, plan, 
     train_model(balls, plan, tmp_path / "straight", **options)
     assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "straight"))
     assert not (tmp_path / "stopped/fold_0.checkpoint").exists()
+
+
+def test_an_interrupt_after_the_last_step_is_one(balls, plan, tmp_path, monkeypatch):
+    real = Watch.note
+
+    def note(*given, last=False):
+        real(*given, last=last)
+        if last:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Watch, "note", note)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(balls, plan, tmp_path, budget="1steps", settings=FAST)
+    assert (tmp_path / "fold_0.checkpoint").is_file()
+    monkeypatch.undo()
+    train_model(balls, plan, tmp_path, budget="1steps", settings=FAST)
+    assert (tmp_path / "fold_0.safetensors").is_file()
 
 
 def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, plan, tmp_path):
