@@ -119,9 +119,8 @@ def run_steps(
         if files.watch and recent and state.asked != INTERRUPT:
             files.watch.note(state, now.loss, now.steps_per_s, last=True)
         files.save(state)
-        if stopped():  # after the last step, too: there may be other folds to train
-            state.asked = INTERRUPT
-    if state.asked == INTERRUPT:
+        interrupted = state.asked == INTERRUPT or stopped()  # after the last step, too: other folds may follow
+    if interrupted:
         raise KeyboardInterrupt
 
 
