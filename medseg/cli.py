@@ -335,6 +335,6 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     part, _, count = text.partition("/")
-    if not (part.isdigit() and count.isdigit()):
+    if not (part.isdecimal() and count.isdecimal()):
         raise UsageError(f"A shard is i/n, such as 2/8; not {text!r}.")
     return int(part), int(count)

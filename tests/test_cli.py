@@ -565,6 +565,7 @@ def test_only_the_first_of_several_processes_shows_scores(run, tmp_path, monkeyp
     monkeypatch.setattr("medseg.train.loop.train_dataset", lambda *_, **__: Scores(()))
     assert run("train", tmp_path, tmp_path / "model", "--fold", "all", "--json") == (0, "", "")
     assert run("train", tmp_path, tmp_path / "model", "--fold", "\N{SUPERSCRIPT TWO}")[0] == 2
+    assert run("batch", "hippocampus", tmp_path, tmp_path / "out", "--shard", "\N{SUPERSCRIPT TWO}/3")[0] == 2
 
 
 def test_evaluating_a_perfect_prediction(run, tmp_path):

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,12 @@ def publish(ledger: Ledger, study: str, content: str = "labels", **facts: object
     ledger.publish(study, work, DONE | facts)
 
 
+def edit(folder: Path, **facts: object) -> None:
+    """Change what a manifest says, as somebody who mends it by hand may do."""
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
 class TestLedger:
     def test_what_is_published_verifies_until_something_changes(self, tmp_path):
         ledger = Ledger.open(tmp_path / "out")
@@ -43,6 +51,7 @@ class TestLedger:
             lambda folder: (folder / "labels.txt").unlink(),
             lambda folder: (folder / "more.txt").write_text("x"),
             lambda folder: (folder / "manifest.json").write_text("{"),
+            *(partial(edit, **{name: None}) for name in ("format", "status", "outputs", "seconds", "labels")),
         ):
             publish(ledger, "a")
             assert ledger.verified("a", {}) is not None

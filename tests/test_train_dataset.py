@@ -212,6 +212,7 @@ def test_a_list_of_training_cases_that_makes_no_sense_is_refused(tmp_path, train
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": "b"}}, "label 'a' needs one whole number"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": []}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"a": "\N{SUPERSCRIPT TWO}"}}, "label 'a' needs one whole number"),
         ({"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}}, "regions_class_order must give for each"),
         (
             {"channel_names": {"0": "CT"}, "labels": {"a": [1, 2], "b": 2}, "regions_class_order": [2, 2]},

@@ -197,4 +197,4 @@ def _image_type(series: Series) -> str:
 
 
 def _number(series: Series) -> float:
-    return float(series.number) if series.number.isdigit() else float("inf")
+    return float(series.number) if series.number.isdecimal() else float("inf")

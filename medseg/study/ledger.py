@@ -25,7 +25,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from medseg.errors import OutputError, UsageError
 from medseg.io.files import written_whole
@@ -37,6 +39,28 @@ CHUNK = 1 << 20
 
 HERE = frozenset({"compressed_no_codec"})
 """What refuses a study for want of something on this machine, which may be there the next time."""
+
+
+class _Output(BaseModel):
+    file: str
+    sha256: str
+
+
+class _Volume(BaseModel):
+    name: str
+    volume_ml: float
+
+
+class _Manifest(BaseModel):
+    """What of a manifest is read again; it says more."""
+
+    format: Literal[1]
+    status: str
+    reason: str | None
+    text: str | None
+    outputs: list[_Output]
+    seconds: dict[str, float] = {}
+    labels: list[_Volume] = []
 
 
 @dataclass(frozen=True)
@@ -154,12 +178,14 @@ class Ledger:
         return content
 
     def manifest(self, study: str) -> dict[str, Any] | None:
-        """Return the manifest of a study, or None where it is missing or damaged."""
+        """Return the manifest of a study, or None where it is missing, damaged or none."""
         try:
-            content = json.loads((self.out / study / MANIFEST).read_text(encoding="utf-8"))
+            text = (self.out / study / MANIFEST).read_text(encoding="utf-8")
+            _Manifest.model_validate_json(text)
+            content: dict[str, Any] = json.loads(text)
         except (OSError, ValueError):
             return None
-        return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+        return content
 
     def verified(self, study: str, expected: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the manifest of a study that is done or refused and still true, else None.
@@ -171,7 +197,7 @@ class Ledger:
             return None
         if any(found.get(name) != value for name, value in expected.items()):
             return None
-        outputs = {one["file"]: one["sha256"] for one in found.get("outputs", [])}
+        outputs = {one["file"]: one["sha256"] for one in found["outputs"]}
         try:
             there = {file.name for file in (self.out / study).iterdir()} - {MANIFEST}
             true = there == set(outputs) and all(sha256(self.out / study / name) == outputs[name] for name in there)

@@ -142,9 +142,9 @@ def _numbers(labels: object, path: Path) -> dict[str, tuple[int, ...]]:
     """Return the values of each name; the decathlon writes {"1": "liver"}, nnU-Net {"liver": 1} or {"all": [1, 2]}."""
     numbers: dict[str, tuple[int, ...]] = {}
     for key, value in labels.items() if isinstance(labels, Mapping) else ():
-        name, given = (value, key) if str(key).isdigit() else (key, value)
+        name, given = (value, key) if str(key).isdecimal() else (key, value)
         values = given if isinstance(given, list) else [given]
-        if not values or not all(str(one).isdigit() for one in values) or str(name) in numbers:
+        if not values or not all(str(one).isdecimal() for one in values) or str(name) in numbers:
             raise DatasetError(
                 f"The label {name!r} needs one whole number from 0, or a list of them for a region, and a name of its "
                 "own.",
@@ -156,7 +156,7 @@ def _numbers(labels: object, path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _regions(named: Mapping[str, tuple[int, ...]], order: object, path: Path) -> tuple[Region, ...]:
-    painted = [int(one) for one in order if str(one).isdigit()] if isinstance(order, list) else []
+    painted = [int(one) for one in order if str(one).isdecimal()] if isinstance(order, list) else []
     right = len(painted) == len(set(painted)) == len(named)
     if not right or not all(
         value in values and 0 not in values for value, values in zip(painted, named.values(), strict=True)
