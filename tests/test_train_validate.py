@@ -6,6 +6,9 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +274,11 @@ def test_an_image_that_was_replaced_is_segmented_again(plan, tmp_path):
     assert not is_scored(cases, tmp_path / "model", 0)
     validate_fold(model, cases, tmp_path / "model")
     assert file.stat().st_mtime_ns > before
+    assert is_scored(cases, tmp_path / "model", 0)
+    older = shutil.copy(case.images[0], tmp_path / "older.nii.gz")
+    os.utime(older, (1, 1))
+    Path(older).replace(case.images[0])  # as rsync and cp -p put a file of another day in place
+    assert not is_scored(cases, tmp_path / "model", 0)
 
 
 def test_a_structure_that_is_nowhere_is_not_decided_on(balls, plan, tmp_path):

@@ -139,8 +139,8 @@ def _is_checked(cases: Dataset, root: Path, checked: Path) -> bool:
         return False
     if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
         return False
-    files = (file for case in cases for _, file in case.files)
-    return is_newer(checked, root / "dataset.json", root / "cases.json", *files)
+    files = [file for case in cases for _, file in case.files]
+    return is_newer(checked, sources=(root / "dataset.json", root / "cases.json", *files))
 
 
 def train_model(  # noqa: PLR0913 - each is a decision of the user's

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def is_scored(dataset: Dataset, where: Path, fold: int) -> bool:
     _, validation = dataset.fold(fold, TrainSettings.load(where / "train.json").folds)
     files = [file for case in validation for _, file in case.files]
     scores = where / f"fold_{fold}.scores.json"
-    return is_newer(scores, where / f"fold_{fold}.safetensors", *files)
+    return is_newer(scores, where / f"fold_{fold}.safetensors", sources=files)
 
 
 def load_prediction(file: Path, reference: Volume) -> tuple[Volume, str | None]:
@@ -128,7 +129,7 @@ def _prediction(where: Path, fold: int, case: Case) -> Path:
 
 def _segment(model: Model, case: Case, target: Path, weights: Path) -> str | None:
     """Write the label map of a case, unless it is there; return the reason where it cannot be made."""
-    if is_newer(target, weights, *case.images):
+    if is_newer(target, weights, sources=case.images):
         return None
     try:
         labels = model.segment(read_image(case))
@@ -140,12 +141,23 @@ def _segment(model: Model, case: Case, target: Path, weights: Path) -> str | Non
     return None
 
 
-def is_newer(file: Path, *others: Path) -> bool:
-    """Return whether a file is there and was written before none of the others that are there."""
+def is_newer(file: Path, *others: Path, sources: Iterable[Path] = ()) -> bool:
+    """Return whether a file is there and was written before none of the others and sources that are there.
+
+    Of sources the time counts at which they came to be there: a copy may keep the time of what it was copied from.
+    """
     if not file.is_file():
         return False
     written = file.stat().st_mtime_ns
-    return all(not other.is_file() or written >= other.stat().st_mtime_ns for other in others)
+    times = chain((other.stat().st_mtime_ns for other in others if other.is_file()), map(_there_since, sources))
+    return all(written >= time for time in times)
+
+
+def _there_since(file: Path) -> int:
+    """Return when a file, or the link that leads to it, was last put in place or changed; 0 for none."""
+    if not file.is_file():
+        return 0
+    return max(time for stat in (file.stat(), file.lstat()) for time in (stat.st_mtime_ns, stat.st_ctime_ns))
 
 
 def _score(case: Case, file: Path, plan: Plan, failure: str | None) -> CaseScores:
