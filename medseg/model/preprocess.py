@@ -102,10 +102,6 @@ def _resampled(volume: Volume, grid: Grid, plan: Plan) -> Volume:
     how = plan.resampling
     if volume.grid.is_orthogonal and how and how.method != "smooth":
         return resize(volume, grid, order=how.order, separate=how.separate)
-    order = how.order if how else 1
-    if volume.grid.is_orthogonal:
-        return resample(volume, grid, order=order)
     # A box around a sheared grid has corners that no scan reached: they are dark, as air is, in each channel.
-    channels = [volume.with_array(channel[None]) for channel in volume.array]
-    resampled = [resample(one, grid, order=order, fill=float(one.array.min())).array for one in channels]
-    return Volume(np.concatenate(resampled), grid)
+    fill = None if volume.grid.is_orthogonal else volume.array.min(axis=(1, 2, 3))
+    return resample(volume, grid, order=how.order if how else 1, fill=fill)

@@ -58,19 +58,21 @@ class AxisPositions:
         return np.asarray((self.positions >= -reach) & (self.positions <= size - 1 + reach))
 
 
-def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | None = None) -> Volume:
+def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | NDArray[np.generic] | None = None) -> Volume:
     """Return `volume` sampled onto `grid`; exact, in its own type, where the voxels of both coincide, else float32.
 
     `order` is 0 (nearest), 1 (linear) or 3 (cubic B-spline). Along an axis that shrinks by more than SHRINK_LIMIT the
     image is smoothed by a Gaussian first. Where all that a voxel draws on is one value, that is its value, without the
-    rounding of the sum. Outside its field of view the volume goes on with its edge value, or
-    is `fill` where that is given. Raises GeometryError where the two do not overlap and InputError for NaN or infinity.
+    rounding of the sum. Outside its field of view the volume goes on with its edge value, or is `fill` where that is
+    given: one number, or one for each channel (C,). Raises GeometryError where the two do not overlap and InputError
+    for NaN or infinity.
     """
     if order not in (0, 1, 3):
         raise GeometryError(f"Interpolation is of order 0, 1 or 3; here it is {order}.")
     axes = parallel_axes(volume.grid, grid)
+    fills = None if fill is None else np.broadcast_to(fill, len(volume.array))
     if axes is None:
-        return _resample_blocks(volume, grid, order, fill)
+        return _resample_blocks(volume, grid, order, fills)
     sizes = [volume.grid.shape[axis.source_axis] for axis in axes]
     inside = [axis.inside(size) for axis, size in zip(axes, sizes, strict=True)]
     if not all(part.any() for part in inside):
@@ -83,8 +85,8 @@ def resample(volume: Volume, grid: Grid, *, order: int = 1, fill: float | None =
         matrices = [axis_matrix(axis, size, order=order) for axis, size in zip(axes, sizes, strict=True)]
         result = apply_matrices(finite_float32(array), matrices)
         settle_constants(array, result, axes)
-    if fill is not None:
-        _fill_outside(result, inside, fill)
+    if fills is not None:
+        _fill_outside(result, inside, fills)
     return Volume(result, grid)
 
 
@@ -233,11 +235,12 @@ def _nearest(axis: AxisPositions, size: int) -> NDArray[np.intp]:
     return np.clip(np.round(axis.positions), 0, size - 1).astype(np.intp)
 
 
-def _fill_outside(array: NDArray[np.generic], inside: Sequence[NDArray[np.bool_]], fill: float) -> None:
+def _fill_outside(array: NDArray[np.generic], inside: Sequence[NDArray[np.bool_]], fills: NDArray[np.generic]) -> None:
     i, j, k = inside
-    array[:, ~i] = fill
-    array[:, :, ~j] = fill
-    array[:, :, :, ~k] = fill
+    for channel, fill in zip(array, fills, strict=True):
+        channel[~i] = fill
+        channel[:, ~j] = fill
+        channel[:, :, ~k] = fill
 
 
 def finite_float32(array: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -253,7 +256,7 @@ def finite_float32(array: NDArray[np.generic]) -> NDArray[np.float32]:
     return result
 
 
-def _resample_blocks(volume: Volume, grid: Grid, order: int, fill: float | None) -> Volume:
+def _resample_blocks(volume: Volume, grid: Grid, order: int, fills: NDArray[np.generic] | None) -> Volume:
     matrix = np.asarray(np.linalg.solve(volume.grid.affine, grid.affine), dtype=np.float64)
     sigma = [_blur(step) if order and step > SHRINK_LIMIT else 0.0 for step in np.abs(matrix[:3, :3]).max(axis=1)]
     margin = SPLINE_REACH + int(4 * max(sigma))
@@ -277,8 +280,8 @@ def _resample_blocks(volume: Volume, grid: Grid, order: int, fill: float | None)
             smooth = ndimage.gaussian_filter(channel, sigma, mode="nearest") if any(sigma) else channel
             ndimage.map_coordinates(smooth, positions, out, order=order, mode="mirror")
         overlap |= bool(inside.any())
-        if fill is not None:
-            block[:, ~inside] = fill
+        if fills is not None:
+            block[:, ~inside] = fills[:, None]
     if not overlap:
         raise GeometryError("The image and the grid it is resampled onto do not overlap.")
     return Volume(result, grid)
