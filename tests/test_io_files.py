@@ -128,6 +128,10 @@ def test_a_part_that_is_missing_is_told_from_a_path_that_is_none(tmp_path: Path)
     with pytest.raises(UnreadableFile, match="A file that belongs to this one") as caught, reading(tmp_path):
         (tmp_path / "voxels.raw").read_bytes()
     assert caught.value.reason == "missing"
+    (tmp_path / "scan.nhdr").touch()
+    (tmp_path / "link.nhdr").symlink_to(tmp_path / "scan.nhdr")
+    with pytest.raises(UnreadableFile, match="A file that belongs to this one"), reading(tmp_path / "link.nhdr"):
+        (tmp_path / "voxels.raw").read_bytes()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e200])

@@ -90,7 +90,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         text = "There is no such file or folder."
-        if Path(path).is_symlink():
+        if leads_nowhere(Path(path)):
             text = "The link leads to a file that is not there. Fetch that file, or copy it again."
         elif os.path.lexists(path):
             text = "A file that belongs to this one, such as the one that holds its voxels, does not exist."
