@@ -180,9 +180,8 @@ class Ledger:
     def manifest(self, study: str) -> dict[str, Any] | None:
         """Return the manifest of a study, or None where it is missing, damaged or none."""
         try:
-            text = (self.out / study / MANIFEST).read_text(encoding="utf-8")
-            _Manifest.model_validate_json(text)
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = json.loads((self.out / study / MANIFEST).read_text(encoding="utf-8"))
+            _Manifest.model_validate(content)
         except (OSError, ValueError):
             return None
         return content
