@@ -279,7 +279,7 @@ def test_the_claim_of_a_killed_batch_goes_though_its_study_is_done(tmp_path, pip
     assert not [*(out / ".claims").iterdir()]
 
 
-@pytest.mark.parametrize(("count", "kills"), [(3, 1), pytest.param(30, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "kills"), [(3, 2), pytest.param(30, 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", ["client", "worker"])
 def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path, pipeline, count, kills, victim):
     studies, out, mark = tmp_path / "studies", tmp_path / "out", f"BATCH_OF={tmp_path}"
