@@ -11,29 +11,31 @@ Arrays are channels last, (B, I, J, K, C), and are worked on in slabs of planes 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-POINTS = (
-    torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
-)
+POINTS = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
 """The values of a kernel's three planes at the six points."""
 
 SLAB = 300_000
-"""The most numbers of one point in a slab, if it is of more than four planes."""
+"""The most numbers of one point in a slab, unless four planes are more."""
 
 ROWS = 1024
 """Voxels that one product of matrices sums over, about."""
 
+WIDE, LARGE = 32, 15e6
+"""Channels, and voxels times channels in times channels out, from which mixing costs less than it saves."""
+
 
 def pays(image: Tensor, kernels: Tensor) -> bool:
-    """Return whether a 3 x 3 x 3 convolution of (B, C, I, J, K) is large enough to be faster here than in torch."""
-    most = 3 / 4 * 3 * image.shape[2]  # of the convolutions of planes that the definition takes
-    wide = min(kernels.shape[:2]) >= 32
-    return wide and 6 * _tiles(image.shape[2]) <= most and image[0, 0].numel() * kernels[:, :, 0, 0, 0].numel() >= 15e6
+    """Return whether a convolution of (B, C, I, J, K) with (D, C, 3, 3, 3) is large enough to be faster here."""
+    channels = kernels.shape[:2]
+    saves = 6 * _tiles(image.shape[2]) <= 3 / 4 * 3 * image.shape[2]  # convolutions of planes, here and by definition
+    return saves and min(channels) >= WIDE and image[0, 0].numel() * math.prod(channels) >= LARGE
 
 
 def convolve(image: Tensor, kernels: Tensor) -> Tensor:
