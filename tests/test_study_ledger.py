@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -100,6 +101,14 @@ class TestLedger:
         for _ in range(2):
             ledger.remember(rows)
         assert table.read_bytes().splitlines() == [whole[:-4], whole.strip(), b"b,1.2.4,/data/\xfc"]
+
+    def test_a_study_that_moved_has_a_row_for_each_place(self, tmp_path):
+        ledger = Ledger.open(tmp_path)
+        places = [("a", "1.2.3", "/old"), ("a", "1.2.3", "/new"), ("a", "1.2.3", "/with\na line, and a comma")]
+        for place in (*places, *places):
+            ledger.remember([place])
+        with (tmp_path / "private" / "studies.csv").open(newline="") as table:
+            assert [tuple(row) for row in csv.reader(table)] == places
 
     def test_a_full_disk_leaves_no_damaged_key(self, tmp_path):
         for limit, told in ((0, b""), (resource.RLIM_INFINITY, b"32")):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import hmac
+import io
 import json
 import os
 import secrets
@@ -283,16 +284,16 @@ def key_in(path: Path) -> bytes:
 def add_rows(table: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     """Add the rows that are not there yet to a table for its owner alone (0600); one that was cut off counts as none.
 
-    Raises OSError.
+    A study that moved has a row for each place that it was found in. Raises OSError.
     """
     handle = os.open(table, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     with os.fdopen(handle, "a+", newline="", encoding="utf-8", errors="surrogateescape") as file:
         file.seek(0)
         text = file.read()
         whole = text[: text.rfind("\n") + 1]
-        known = {row[0] for row in csv.reader(whole.splitlines()) if row}
+        known = {tuple(row) for row in csv.reader(io.StringIO(whole, newline=""))}
         file.write("\r\n" if whole != text else "")
-        csv.writer(file).writerows(row for row in rows if row[0] not in known)
+        csv.writer(file).writerows(row for row in rows if row not in known)
 
 
 def _synced(folder: Path) -> None:
