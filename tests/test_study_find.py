@@ -257,6 +257,25 @@ class TestPlaces:
             unpack(tmp_path / "bomb.zip", tmp_path / "out", largest=1_000_000)
         assert sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file()) <= 2_000_000
 
+    @pytest.mark.parametrize("name", ["a.dcm", "IM0001"])
+    def test_an_archive_in_an_archive_is_left_out_only_without_dicom_files(self, tmp_path, name):
+        for inner, content in ((name, bytes(128) + b"DICM"), ("viewer.dll", bytes(200))):
+            with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+                archive.writestr("folder/", "")
+                archive.writestr(inner, content)
+            with zipfile.ZipFile(tmp_path / f"{inner}.zip", "w") as archive:
+                archive.write(tmp_path / "inner.zip", "series/Inner.ZIP")
+                archive.writestr("broken.zip", "PK no zip")
+        out = tmp_path / "out"
+        out.mkdir()
+        with pytest.raises(InputError, match="holds another archive") as caught:
+            unpack(tmp_path / f"{name}.zip", out)
+        assert caught.value.reason == "nested_archive"
+        shutil.rmtree(out)
+        out.mkdir()
+        unpack(tmp_path / "viewer.dll.zip", out)
+        assert len([path for path in out.rglob("*") if path.is_file()]) == 2
+
     def test_a_damaged_archive_is_unreadable(self, tmp_path):
         (tmp_path / "bad.zip").write_bytes(b"PK no zip")
         with pytest.raises(UnreadableFile, match="damaged or no zip"), opened(tmp_path / "bad.zip"):

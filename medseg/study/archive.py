@@ -20,6 +20,9 @@ LARGEST_ARCHIVE = 32 * 2**30
 MOST_MEMBERS = 200_000
 CHUNK = 1 << 20
 
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+"""What zipfile raises for archives that are damaged, encrypted, or packed in a way that it does not know."""
+
 
 @contextmanager
 def opened(path: str | PathLike[str], beside: str | PathLike[str] | None = None) -> Iterator[Path]:
@@ -45,8 +48,9 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
     """Write the files of a zip archive to a folder, under numbers for names, each folder of the archive in its own.
 
     Endings that say what a file is stay, and hidden files and a DICOMDIR are hidden, for `lost_slices` to tell.
-    Raises InputError (`unsafe_archive`) for members that point elsewhere, are encrypted, or unpack to more than
-    `largest` bytes in all, and UnreadableFile for an archive that is damaged.
+    Raises InputError for members that point elsewhere, are encrypted, or unpack to more than `largest` bytes in all
+    (`unsafe_archive`), and for archives of DICOM files among them (`nested_archive`); UnreadableFile for an archive
+    that is damaged.
     """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
@@ -59,8 +63,14 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
                 hidden = "." if named.name.startswith(".") or named.name.upper() == "DICOMDIR" else ""
                 ending = ending if ending in DICOM_ENDINGS | OTHER_ENDINGS else ""
                 folders.setdefault(home, Path(folder) / str(len(folders))).mkdir(exist_ok=True)
-                largest -= _copy(archive, member, folders[home] / f"{hidden}{number}{ending}", largest)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                target = folders[home] / f"{hidden}{number}{ending}"
+                largest -= _copy(archive, member, target, largest)
+                if ending == ".zip" and _holds_dicom(target):
+                    raise InputError(
+                        "The archive holds another archive with DICOM files, which would be left out. Unpack it first.",
+                        reason="nested_archive",
+                    )
+    except DAMAGED as error:
         raise UnreadableFile("The archive is damaged or no zip. Copy or pack it again.", path=path) from error
 
 
@@ -85,6 +95,24 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allow
                 raise _unsafe(f"it unpacks to more than {LARGEST_ARCHIVE / 2**30:.0f} GB")
             file.write(chunk)
     return count
+
+
+def _holds_dicom(path: Path) -> bool:
+    """Return whether an archive, as far as it can be read, has files that are called or begin as DICOM (PS3.10 7.1)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_is_dicom(archive, member) for member in archive.infolist() if not member.is_dir())
+    except DAMAGED:
+        return False
+
+
+def _is_dicom(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    if PurePosixPath(member.filename).suffix.lower() in DICOM_ENDINGS:
+        return True
+    if member.flag_bits & 1:
+        return False
+    with archive.open(member) as packed:
+        return packed.read(132)[128:] == b"DICM"
 
 
 def _unsafe(what: str) -> InputError:
