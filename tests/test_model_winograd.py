@@ -125,16 +125,31 @@ def test_a_wide_network_trains_as_with_torchs_layers(monkeypatch):
     assert len(calls) == 2
 
 
-def test_inference_and_half_precision_leave_it_to_torch(monkeypatch):
+def test_a_wide_network_infers_as_with_torchs_layers(monkeypatch):
+    torch.manual_seed(4)
+    network = build_network(WIDE, 1, 2).eval()
+    image = torch.randn(1, 1, 16, 32, 32).to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        own = network(image)
+        monkeypatch.setattr(networks, "convolve", None)
+        with pytest.raises(TypeError, match="not callable"):
+            network(image)
+        monkeypatch.setattr(networks, "_is_plain", lambda image: False)
+        torch.testing.assert_close(own, network(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_half_precision_and_whoever_traces_a_network_see_torchs_layers(monkeypatch):
     monkeypatch.setattr(networks, "pays", lambda image, kernels: True)
     monkeypatch.setattr(networks, "convolve", None)  # to call it is an error
-    network = build_network(WIDE.model_copy(update={"features": (2, 3)}), 1, 2)
+    network = build_network(WIDE.model_copy(update={"features": (2, 3)}), 1, 2).eval()
     image = torch.randn(1, 1, 4, 6, 6)
-    network.eval()(image)
     with pytest.raises(TypeError, match="not callable"):
-        network.train()(image)
+        network(image)
     with torch.autocast("cpu", torch.bfloat16):
         network.train()(image)
+    torch.jit.trace(network.eval(), image, check_trace=False)
+    torch.export.export(network, (image,))
 
 
 @pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (2, 2, 1)])

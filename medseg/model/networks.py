@@ -147,11 +147,11 @@ class _Convolution(nn.Module):
 
 
 class _Conv3d(nn.Conv3d):
-    """Torch's convolution, which trains faster on a CPU where it is wide."""
+    """Torch's convolution, faster on a CPU where it is wide."""
 
     def forward(self, image: Tensor) -> Tensor:
         cube = self.kernel_size == (3, 3, 3) and self.stride == ONE
-        if cube and self.training and _is_plain(image) and pays(image, self.weight):
+        if cube and _is_plain(image) and pays(image, self.weight):
             return convolve(image, self.weight)
         return super().forward(image)
 
@@ -177,9 +177,10 @@ class _Upsampling(nn.ConvTranspose3d):
 
 
 def _is_plain(image: Tensor) -> bool:
-    """Return whether layers see single precision on a CPU, and nobody compiles them."""
-    usual = image.device.type == "cpu" and image.dtype == torch.float32
-    return usual and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    """Return whether a layer sees single precision on a CPU, and computes rather than being traced or compiled."""
+    single = image.device.type == "cpu" and image.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return single and not traced and not torch.compiler.is_compiling()
 
 
 class _NormalizedActive(torch.autograd.Function):

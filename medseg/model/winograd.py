@@ -1,4 +1,4 @@
-"""Wide 3 x 3 x 3 convolutions with half of the multiplications, for training on a CPU.
+"""Wide 3 x 3 x 3 convolutions on a CPU with half of the multiplications, and their gradients.
 
 Winograd's F(4, 3) along the first spatial axis (Lavin and Gray, "Fast algorithms for convolutional neural networks",
 CVPR 2016): six planes of the image are mixed into their values at six points (0, 1, -1, 2, -2 and infinity), each is
