@@ -31,11 +31,11 @@ def both(image: Tensor, kernels: Tensor, gradient: Tensor) -> list[tuple[Tensor,
     batch=st.integers(1, 2),
     channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     slab=st.integers(1, 600),
-    rows=st.integers(3, 200),
+    piece=st.integers(3, 200),
     layout=st.sampled_from([torch.channels_last_3d, torch.contiguous_format]),
     seed=st.integers(0, 99),
 )
-def test_values_and_gradients_are_those_of_torch(size, batch, channels, slab, rows, layout, seed):
+def test_values_and_gradients_are_those_of_torch(size, batch, channels, slab, piece, layout, seed):
     """In double precision, for all sizes, and however an image falls into slabs and pieces."""
     torch.manual_seed(seed)
     image = torch.randn(batch, channels[0], *size, dtype=torch.float64).to(memory_format=layout)
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_torch(size, batch, channels, slab, ro
     gradient = torch.randn(batch, channels[1], *size, dtype=torch.float64).to(memory_format=layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "SLAB", slab)
-        patch.setattr(winograd, "ROWS", rows)
+        patch.setattr(winograd, "PIECE", piece)
         for own, other in both(image, kernels, gradient):
             torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
 

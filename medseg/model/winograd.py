@@ -24,7 +24,7 @@ POINTS = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 
 SLAB = 300_000
 """The most numbers of one point in a slab, unless four planes are more."""
 
-ROWS = 1024
+PIECE = 1024
 """Voxels that one product of matrices sums over, about."""
 
 WIDE, LARGE = 32, 15e6
@@ -97,33 +97,34 @@ def _gradient_of_kernels(images: Tensor, gradients: Tensor) -> Tensor:
     """Return the gradient (D, C, 3, 3, 3) for images (B, I, J, K, C) and gradients (B, I, J, K, D).
 
     Each of the 3 x 3 places of a kernel is a product of matrices, gradient by image, of voxels that lie as far apart.
-    The planes lie one behind the other with a border of zeros, so that to move by a place is to begin elsewhere.
+    Planes lie voxel after voxel with zeros behind each row and each plane, so that to move by a place is to begin
+    elsewhere.
     """
     _, _, height, width, channels = images.shape
     slabs = _slabs(images)
-    tiles, rows = len(slabs[0]) // 4, width + 1
-    voxels = tiles * (height + 1) * rows
-    pieces = max(1, round(voxels / ROWS))
-    length = voxels // pieces + 1
-    count, border = 6 * pieces * length, rows + 1
-    image_rows = images.new_zeros(border + count + border, channels)
-    gradient_rows = images.new_zeros(count, gradients.shape[-1])
+    tiles, row = len(slabs[0]) // 4, width + 1
+    used = tiles * (height + 1) * row
+    pieces = max(1, round(used / PIECE))
+    length = used // pieces + 1  # at least one more in all: the first place lies a row and a voxel before
+    count, border = 6 * pieces * length, row + 1
+    image_voxels = images.new_zeros(border + count + border, channels)
+    gradient_voxels = images.new_zeros(count, gradients.shape[-1])
 
-    def values(block: Tensor) -> Tensor:
-        planes = block.view(6, pieces * length, -1)[:, :voxels].view(6, tiles, height + 1, rows, -1)
-        return planes[:, :, :height, :width]
+    def planes(voxels: Tensor) -> Tensor:
+        bordered = voxels.view(6, pieces * length, -1)[:, :used].view(6, tiles, height + 1, row, -1)
+        return bordered[:, :, :height, :width]
 
-    image_values, gradient_values = values(image_rows[border:-border]), values(gradient_rows)
-    left = gradient_rows.view(6 * pieces, length, -1).transpose(1, 2)
-    begins = [rows * row + column for row in range(3) for column in range(3)]
-    rights = [image_rows[begin : begin + count].view(6 * pieces, length, channels) for begin in begins]
-    sums = images.new_zeros(len(rights), 6 * pieces, gradients.shape[-1], channels)
+    image_values, gradient_values = planes(image_voxels[border:-border]), planes(gradient_voxels)
+    left = gradient_voxels.view(6 * pieces, length, -1).transpose(1, 2)
+    begins = [row * down + right for down in range(3) for right in range(3)]
+    places = [image_voxels[begin : begin + count].view(6 * pieces, length, channels) for begin in begins]
+    sums = images.new_zeros(len(places), 6 * pieces, gradients.shape[-1], channels)
     for image, gradient in zip(images, gradients, strict=True):
         for slab in slabs:
             _mix_image(_planes(image, slab.start - 1, slab.stop + 1), image_values)
             _mix_gradient(_planes(gradient, slab.start, slab.stop), gradient_values)
-            for total, right in zip(sums, rights, strict=True):
-                torch.baddbmm(total, left, right, out=total)
+            for total, place in zip(sums, places, strict=True):
+                torch.baddbmm(total, left, place, out=total)
     at_points = sums.view(3, 3, 6, pieces, *sums.shape[2:]).sum(dim=3)
     return torch.einsum("pi,jkpdc->dcijk", POINTS.to(images), at_points)
 
@@ -135,9 +136,8 @@ def _tiles(planes: int) -> int:
 def _slabs(images: Tensor) -> list[range]:
     """Return ranges of planes: all of one size, a multiple of four; the last may reach beyond the image."""
     tiles, plane = _tiles(images.shape[1]), images[0, 0].numel()
-    size = 4 * max(
-        count for count in range(1, tiles + 1) if tiles % count == 0 and (count == 1 or count * plane <= SLAB)
-    )
+    counts = (count for count in range(2, tiles + 1) if tiles % count == 0 and count * plane <= SLAB)
+    size = 4 * max(counts, default=1)
     return [range(begin, begin + size) for begin in range(0, 4 * tiles, size)]
 
 
