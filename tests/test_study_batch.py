@@ -328,9 +328,11 @@ def wait_for_the_end_of(mark: str) -> None:
 
 
 def test_an_archive_holds_one_study(tmp_path):
-    with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
-        archive.writestr("report.txt", "Nothing was found.")
-    with opened(tmp_path / "text.zip") as folder, pytest.raises(InputError, match="No DICOM file") as refused:
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("slice", b"")
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.write(tmp_path / "inner.zip", "inner.zip")
+    with opened(tmp_path / "outer.zip") as folder, pytest.raises(InputError, match="archives inside of it") as refused:
         only_study(read_studies(listed(folder, [])))
     assert refused.value.reason == "no_dicom"
     for number in range(2):

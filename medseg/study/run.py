@@ -154,7 +154,10 @@ def only_study(studies: Sequence[Study]) -> Study:
     if problems:
         raise problems[0]
     if not studies:
-        raise InputError("No DICOM file is in the archive. Check what was packed.", reason="no_dicom")
+        raise InputError(
+            "No DICOM file is in the archive; archives inside of it are not opened: unpack them yourself.",
+            reason="no_dicom",
+        )
     if len(studies) > 1:
         raise InputError(f"Expected the files of one study, found {len(studies)}.", reason="several_studies")
     return studies[0]
