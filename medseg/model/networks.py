@@ -162,9 +162,9 @@ class _Upsampling(nn.ConvTranspose3d):
     The gradient of its weights takes oneDNN ten times as long.
     """
 
-    def forward(self, image: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
         if not (self.training and _is_plain(image)) or self.bias is None:
-            return super().forward(image, output_size)
+            return super().forward(image)
         factors = self.weight.shape[2:]
         flat = functional.linear(
             image.movedim(1, -1),

@@ -33,9 +33,9 @@ WIDE, LARGE = 32, 15e6
 
 def pays(image: Tensor, kernels: Tensor) -> bool:
     """Return whether a convolution of (B, C, I, J, K) with (D, C, 3, 3, 3) is large enough to be faster here."""
-    channels = kernels.shape[:2]
-    saves = 6 * _tiles(image.shape[2]) <= 3 / 4 * 3 * image.shape[2]  # convolutions of planes, here and by definition
-    return saves and min(channels) >= WIDE and image[0, 0].numel() * math.prod(channels) >= LARGE
+    channels, planes = kernels.shape[:2], image.shape[2]
+    left = 6 * _tiles(planes) / (3 * planes)  # convolutions of planes, as a share of those by definition
+    return left <= 3 / 4 and min(channels) >= WIDE and image[0, 0].numel() * math.prod(channels) >= LARGE
 
 
 def convolve(image: Tensor, kernels: Tensor) -> Tensor:
