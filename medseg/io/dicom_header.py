@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from medseg.errors import UnreadableFile
 from medseg.io.files import reading
@@ -115,6 +115,11 @@ def silence() -> Iterator[None]:
             yield
     finally:
         log.removeFilter(nothing)
+
+
+def begins_as_dicom(file: IO[bytes]) -> bool:
+    """Return whether a file that was opened just now begins as DICOM files do (PS3.10 7.1)."""
+    return file.read(132)[128:] == b"DICM"
 
 
 def damage() -> tuple[type[Exception], ...]:

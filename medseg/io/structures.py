@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import UsageError
 from medseg.io import VOLUME_ENDINGS, AnyPath, load
-from medseg.io.dicom_header import parsing
+from medseg.io.dicom_header import begins_as_dicom, parsing
 from medseg.io.files import reading
 from medseg.io.label_table import read_table
 from medseg.labels import Label, complete
@@ -61,7 +61,7 @@ def object_kind(path: Path) -> Kind | None:
         if not path.is_file():
             return None
         with path.open("rb") as file:
-            if file.read(132)[128:] != b"DICM":
+            if not begins_as_dicom(file):
                 return None
     from pydicom import dcmread
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, UnreadableFile
+from medseg.io.dicom_header import begins_as_dicom
 from medseg.io.dicom_slice import DICOM_ENDINGS, OTHER_ENDINGS
 from medseg.io.files import reading
 
@@ -98,7 +99,7 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allow
 
 
 def _holds_dicom(path: Path) -> bool:
-    """Return whether an archive, as far as it can be read, has files that are called or begin as DICOM (PS3.10 7.1)."""
+    """Return whether an archive, as far as it can be read, has files that are called or begin as DICOM."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(_is_dicom(archive, member) for member in archive.infolist() if not member.is_dir())
@@ -112,7 +113,7 @@ def _is_dicom(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
     if member.flag_bits & 1:
         return False
     with archive.open(member) as packed:
-        return packed.read(132)[128:] == b"DICM"
+        return begins_as_dicom(packed)
 
 
 def _unsafe(what: str) -> InputError:
