@@ -152,7 +152,8 @@ def show_segmented(outcomes: Sequence[Segmented], report: Path | None, *, as_jso
         print_json(content)
     for outcome in outcomes:
         if outcome.error is not None:
-            print_error(outcome.error, outcome.source)
+            source = outcome.source
+            print_error(outcome.error, source if isinstance(source, Path) else ",".join(map(str, source)))
         elif not as_json:
             print_measurements(str(outcome.target), outcome.measurements)
     if report is not None:

@@ -9,9 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import MedsegError, OutputError, UsageError, unexpected
+from medseg.errors import InputError, MedsegError, OutputError, UsageError, unexpected
 from medseg.io import VOLUME_ENDINGS, check_output, load, save
 from medseg.io.files import leads_nowhere, reading
+from medseg.io.scans import Scan, scans_of, split_ending
+from medseg.model.plan import Plan
 from medseg.model.segmenter import Box, Model
 from medseg.model.soft import SoftMaps
 from medseg.model.timing import Report
@@ -89,12 +91,13 @@ def segment_file(
 def segment_folder(
     model: Model, source: Path, target: Path, options: Options | None = None, *, progress: Progress | None = None
 ) -> Iterator[Outcome]:
-    """Yield the outcome of each volume file of a folder, written to `target` under its own name.
+    """Yield the outcome of each scan of a folder, written to `target` under its name.
 
+    Files NAME_0000, NAME_0001 ... are the channels of one scan called NAME (`scans_of`), other files a scan each.
     NAME.hdr, .nhdr and .mhd become NAME.nii.gz, .nrrd and .mha. The next scan is read and the last one written while
-    one is segmented. An error stops only the file it concerns. Raises UsageError where the two folders are one, two
-    scans would give one output, or one would be replaced, and OutputError where the second folder cannot be made or
-    written to.
+    one is segmented. An error, such as a channel that is missing, stops only the scan it concerns. Raises UsageError
+    where the two folders are one, two scans would give one output, or one would be replaced, and OutputError where the
+    second folder cannot be made or written to.
     """
     if source.resolve() == target.resolve():
         raise UsageError("The labels would replace the images: give another folder for the output.", path=target)
@@ -102,7 +105,8 @@ def segment_folder(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"The folder cannot be made: {error.strerror}.", path=target) from error
-    jobs = [_Job(model, options or Options(), file, target / _written_as(file)) for file in volume_files(source)]
+    scans = scans_of(volume_files(source), len(model.plan.channels))
+    jobs = [_job_of(scan, model, options or Options(), target) for scan in scans]
     _check_outputs(jobs)
     last: tuple[_Job, Future[Outcome]] | None = None
     with ThreadPoolExecutor(2) as pool:
@@ -144,6 +148,7 @@ class _Job:
     options: Options
     source: Source
     target: Path
+    refusal: MedsegError | None = None
     report: Report = field(default_factory=Report)
 
     @property
@@ -157,6 +162,8 @@ class _Job:
         return [self.target, *(_beside(self.target, end) for end in ends)]
 
     def read(self) -> Volume:
+        if self.refusal:
+            raise self.refusal
         with self.report.stage("read"):
             channels = len(self.model.plan.channels)
             return load(self.source, assume_orientation=self.options.assume_orientation, channels=channels)
@@ -218,9 +225,23 @@ def _check_outputs(jobs: Sequence[_Job]) -> None:
             taken.add(path)
 
 
-def _written_as(file: Path) -> str:
-    ending = WRITTEN_AS.get(file.suffix.lower())
-    return file.name if ending is None else f"{file.stem}{ending}"
+def _job_of(scan: Scan, model: Model, options: Options, target: Path) -> _Job:
+    """Return the work on a scan of a folder, to be written to the folder `target` under its name."""
+    ending = split_ending(scan.files[0].name)[1]
+    written = target / f"{scan.name}{WRITTEN_AS.get(ending.lower(), ending)}"
+    refusal = None if scan.is_complete else _incomplete(scan, model.plan)
+    return _Job(model, options, scan.files if len(scan.files) > 1 else scan.files[0], written, refusal)
+
+
+def _incomplete(scan: Scan, plan: Plan) -> InputError:
+    found = ", ".join(f"{number:04d}" for number in scan.numbers)
+    needed = ", ".join(f"{number:04d} ({channel.name})" for number, channel in enumerate(plan.channels))
+    return InputError(
+        f"The files of this scan have the numbers {found}, and the channels of the model are {needed}. Give one file "
+        "for each channel and no other, or rename files whose numbers are not those of channels.",
+        path=scan.files[0],
+        reason="channels",
+    )
 
 
 def _beside(path: Path, end: str) -> Path:
