@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from monai.losses.dice import DiceCELoss
 
-from medseg.train.loss import LOSSES, deep_loss, dice_ce, focal_tversky, tversky, weighted_ce
+from medseg.train.loss import (
+    IGNORED,
+    LOSSES,
+    WITH_IGNORED,
+    deep_loss,
+    dice_ce,
+    dice_focal,
+    focal_tversky,
+    tversky,
+    weighted_ce,
+)
 
 KNOWN = torch.ones(1, 2, dtype=torch.bool)
 
@@ -104,6 +116,45 @@ def test_every_loss_falls_towards_the_truth_and_copes_with_what_was_not_drawn(na
     assert float(loss.detach()) > float(deep_loss(name, [right], target, known)) + 0.1
     moved = logits.detach() - 0.1 * logits.grad / logits.grad.abs().max()
     assert float(deep_loss(name, [moved], target, known)) < float(loss.detach())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_changes_where_no_probability_does(name):
+    """A softmax is the same when one number is added to all logits of a voxel; so is the order of images."""
+    logits, target = random_case()
+    known = torch.tensor([[True, True, False, True], [True] * 4])
+    target[0][target[0] == 2] = 0
+    loss = float(deep_loss(name, [logits], target, known))
+    added = 5 * torch.randn(2, 1, 5, 6, 4, generator=torch.Generator().manual_seed(1))
+    assert float(deep_loss(name, [logits + added], target, known)) == pytest.approx(loss, rel=1e-4)
+    assert float(deep_loss(name, [logits.flip(0)], target.flip(0), known.flip(0))) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_above_background_are_alike_to_every_loss(name):
+    logits, target = random_case()
+    order = torch.tensor([0, 3, 1, 2])
+    known, loss = torch.ones(2, 4, dtype=torch.bool), LOSSES[name]
+    renamed = order.argsort()[target]
+    torch.testing.assert_close(loss(logits[:, order], renamed, known), loss(logits, target, known))
+
+
+@pytest.mark.parametrize("name", WITH_IGNORED)
+def test_what_is_said_of_ignored_voxels_changes_no_loss(name):
+    logits, target = random_case()
+    target[:, :, :2] = IGNORED
+    known = torch.ones(2, 4, dtype=torch.bool)
+    other = logits.clone()
+    other[:, :, :2] = torch.randn(2, 4, 2, 6, 4)
+    torch.testing.assert_close(LOSSES[name](other, target, known), LOSSES[name](logits, target, known))
+
+
+def test_focal_loss_weighs_cross_entropy_by_the_square_of_what_is_missing():
+    # One voxel of class 1 with probability 3/4, one of background with 3/5; Dice of class 1: 2 * 0.75 / (1.15 + 1).
+    logits = torch.tensor([[0.0, math.log(1.5)], [math.log(3), 0.0]])[None, ..., None, None]
+    target = torch.tensor([1, 0]).view(1, 1, 2, 1, 1)
+    focal = -(0.25**2 * math.log(0.75) + 0.4**2 * math.log(0.6)) / 2
+    assert float(dice_focal(logits, target, KNOWN)) == pytest.approx(focal + 1 - 1.5 / 2.15, rel=1e-4)
 
 
 def test_a_missed_voxel_is_worse_than_a_wrong_one_to_tversky():

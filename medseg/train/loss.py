@@ -82,10 +82,14 @@ def focal_tversky(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
 
 
 def dice_focal(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Return soft Dice + focal loss, MONAI's. Source: Lin et al., "Focal loss", ICCV 2017."""
-    from monai.losses.dice import DiceFocalLoss
+    """Return 1 - soft Dice + focal loss: cross-entropy times the square of 1 - the true class's probability.
 
-    return _monai(DiceFocalLoss(**ONE_HOT, include_background=False), logits, target, known)
+    Source: Lin et al., "Focal loss for dense object detection", ICCV 2017, of a softmax and without its weights.
+    """
+    logits = _marginal(logits, known)
+    entropy = functional.cross_entropy(logits, target[:, 0], reduction="none", ignore_index=IGNORED)
+    focal = (1 - torch.exp(-entropy)) ** 2 * entropy  # 0 where a voxel is ignored, as its entropy is
+    return _mean_of_counted(focal, target) + 1 - _tversky(logits, target, 0.5, known).mean()
 
 
 def generalized_dice(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ REGION_LOSSES: dict[LossName, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 """From logits (B, C, I, J, K), regions (B, C, I, J, K) and drawn regions (B, C) to a loss."""
 
-WITH_IGNORED: tuple[LossName, ...] = ("dice_ce", "tversky", "focal_tversky", "weighted_ce")
+WITH_IGNORED: tuple[LossName, ...] = ("dice_ce", "dice_focal", "tversky", "focal_tversky", "weighted_ce")
 """The losses that can leave voxels out; MONAI's look at whole patches."""
 
 
@@ -168,8 +172,14 @@ def _monai(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Ten
 
 def _entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean cross-entropy of the voxels that are not ignored, 0 where all are."""
-    total = functional.cross_entropy(logits, target[:, 0], ignore_index=IGNORED, reduction="sum")
-    return total / (target != IGNORED).sum().clamp(min=1)
+    return _mean_of_counted(
+        functional.cross_entropy(logits, target[:, 0], ignore_index=IGNORED, reduction="none"), target
+    )
+
+
+def _mean_of_counted(losses: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of losses (B, I, J, K) over the voxels that are not ignored, which have none; 0 where all are."""
+    return losses.sum() / (target != IGNORED).sum().clamp(min=1)
 
 
 def _tversky(logits: Tensor, target: Tensor, missed: float, known: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from medseg.model.weights import begin_with
 from medseg.train.augment import change_intensities
 from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.loss import deep_loss
-from medseg.train.options import autocast, forward_of, scaler_of, seed_dropout
+from medseg.train.options import autocast, forward_of, scaler_of, seed_dropout, told_if_not_compiled
 from medseg.train.ranks import Ranks
 from medseg.train.sampler import Batch, Sampler
 from medseg.train.schedules import make_optimizer, set_rates
@@ -101,10 +101,12 @@ def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> floa
     """Add the gradients of one batch to those of a step; return its part of the loss."""
     device = next(state.network.parameters()).device
     images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), batch.seeds)
-    with autocast(settings, device):
-        logits = (state.forward or state.network)(images)
-    loss = deep_loss(settings.loss, logits, batch.target.to(device), batch.known.to(device)) / settings.accumulate
-    torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
+    forward = state.network if state.forward is None else state.forward  # a compiled module has no truth value
+    with told_if_not_compiled(settings):
+        with autocast(settings, device):
+            logits = forward(images)
+        loss = deep_loss(settings.loss, logits, batch.target.to(device), batch.known.to(device)) / settings.accumulate
+        torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
     return float(loss.detach())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from medseg.errors import ModelError
 from medseg.model.networks import UNet
 from medseg.train.settings import TrainSettings
 
@@ -50,6 +51,24 @@ def recompute(network: nn.Module) -> None:
     if isinstance(network, UNet):
         for stage in (*network.encoder, *network.decoder):
             stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+
+
+@contextmanager
+def told_if_not_compiled(settings: TrainSettings) -> Iterator[None]:
+    """Turn what torch says of a network that it cannot compile, at its first step, into a ModelError of one line."""
+    if not settings.compile:  # the compiler takes seconds to import
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ModelError(
+            f"torch.compile cannot compile the network here ({type(error).__name__}). Install a C++ compiler that "
+            'torch can use, or set "compile" to false in train.json.',
+            reason="compile",
+        ) from error
 
 
 def seed_dropout(settings: TrainSettings, step: int, rank: int) -> None:
