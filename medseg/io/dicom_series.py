@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from medseg.errors import SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
+from medseg.io.dicom_lost import lost_slices, may_hold_slices
 from medseg.io.dicom_pixels import Native, read_pixels
-from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, may_hold_slices, read_headers
+from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
 from medseg.io.files import reading
 from medseg.volume import Array, Grid, Volume
 

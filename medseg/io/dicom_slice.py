@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from medseg.errors import UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
 from medseg.io.dicom_header import Header, damage, frame_headers, parsing
 from medseg.io.dicom_pixels import Native, locate
-from medseg.io.files import leads_nowhere
+from medseg.io.dicom_refusals import slice_problem
 from medseg.volume import Affine
 
 if TYPE_CHECKING:
@@ -43,35 +42,6 @@ HEADER_TAGS = (
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SpecificCharacterSet"),
 )
-
-NO_IMAGES = frozenset({"SEG", "RTDOSE"})
-"""Modalities whose objects have pixels and are no scan."""
-
-REFUSALS = {
-    "not_an_image": "The files hold no scan but a segmentation, contours, a dose, a report or the like.",
-    "multi_frame": "A file holds several frames and does not say where each of them lies. Export the original series.",
-    "mosaic": "Each file is a Siemens mosaic, many slices tiled into one picture. Convert the series to NIfTI first.",
-    "color": "Expected gray values (MONOCHROME2), found a color picture. Pass the scan it was made from.",
-    "bit_layout": "HighBit is not BitsStored - 1, so it is unclear which bits are the gray value.",
-    "rescale": "Expected one RescaleSlope and RescaleIntercept to make real values, found a table or no numbers.",
-    "no_geometry": "A slice does not say where it lies: it needs ImagePositionPatient, PixelSpacing, and an "
-    "ImageOrientationPatient of two perpendicular unit vectors. Export the original series.",
-}
-"""Why a file cannot be read, the most telling reason first."""
-
-DICOM_ENDINGS = frozenset({".dcm", ".ima"})
-"""How names end that say of a file that it is DICOM."""
-
-OTHER_ENDINGS = frozenset({
-    ".txt", ".md", ".log", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".htm", ".css", ".js", ".pdf",
-    ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico", ".nii", ".gz", ".zip", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr",
-    ".bval", ".bvec", ".mat", ".py", ".sh", ".bat", ".exe", ".ini", ".inf", ".cfg", ".db", ".lnk", ".url", ".md5",
-    ".sha256", ".sha512",
-})  # fmt: skip
-"""How names of files end that lie beside slices and are none."""
-
-LEAST_BYTES = 132
-"""The preamble of a DICOM file and its prefix (PS3.10 7.1): a shorter file is none, or what is left of one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,37 +96,6 @@ def read_headers(path: Path) -> list[Slice]:
         headers = frame_headers(data)
         description, native = _described(data), locate(file, data, headers[0])
         return [_slice(path, frame, header, description, native) for frame, header in enumerate(headers)]
-
-
-def may_hold_slices(file: Path) -> bool:
-    """Return whether to look into a file: it is there, or it is a link that leads nowhere, and may be a lost slice."""
-    return file.is_file() or (leads_nowhere(file) and not _is_something_else(file))
-
-
-def _is_something_else(file: Path) -> bool:
-    ending = file.suffix.lower()
-    return file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS
-
-
-def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[UnreadableFile]:
-    """Return an error for each of the files, none of which is DICOM, that might be what is left of a slice.
-
-    That are those called .dcm and, in `folders`, which hold slices, those called .ima or too short to be DICOM. A
-    DICOMDIR, hidden files, and those that other endings tell to be something else may lie beside slices.
-    """
-    found = []
-    for file in others:
-        ending, beside = file.suffix.lower(), file.parent in folders
-        if _is_something_else(file):
-            continue
-        if ending == ".dcm" or (beside and ending in DICOM_ENDINGS):
-            text = f"A file is called {ending} and is empty, damaged or no DICOM. Copy or export it again."
-        elif beside and file.stat().st_size < LEAST_BYTES:
-            text = "A file beside the slices is empty or too short: a slice may be missing. Copy or export it again."
-        else:
-            continue
-        found.append(UnreadableFile(text, path=file))
-    return found
 
 
 def read_study_uid(path: Path) -> str | None:
@@ -226,7 +165,7 @@ def _slice(path: Path, frame: int, header: Header, description: str, native: Nat
         thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
-        problem=_problem(header, placed=plane is not None),
+        problem=slice_problem(header, placed=plane is not None),
         native=native,
     )
 
@@ -241,20 +180,3 @@ def _plane(header: Header) -> Affine | None:
     if [len(values) for values in numbers] != [*tags.values()] or not math.isfinite(sum(map(sum, numbers))):
         return None
     return slice_plane(*numbers)
-
-
-def _problem(header: Header, *, placed: bool) -> Problem | None:
-    color, bits = header.text("PhotometricInterpretation"), header.number("BitsStored")
-    slope, intercept = header.number("RescaleSlope", blank=1), header.number("RescaleIntercept", blank=0)
-    found = {
-        "not_an_image": not (header.number("Rows") >= 1 and header.number("Columns") >= 1)
-        or header.text("Modality") in NO_IMAGES,
-        "multi_frame": not header.frame_is_described,
-        "mosaic": "MOSAIC" in header.text("ImageType").split("\\"),
-        "color": not color.startswith("MONOCHROME") or header.number("SamplesPerPixel", blank=1) != 1,
-        "bit_layout": header.number("HighBit") != bits - 1,
-        "rescale": header.has("ModalityLUTSequence") or slope == 0 or not math.isfinite(slope + intercept),
-        "no_geometry": not placed,
-    }
-    reason = next((reason for reason, is_so in found.items() if is_so), None)
-    return Problem(reason, REFUSALS[reason]) if reason else None

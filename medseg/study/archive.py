@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, UnreadableFile
 from medseg.io.dicom_header import begins_as_dicom
-from medseg.io.dicom_slice import DICOM_ENDINGS, OTHER_ENDINGS
+from medseg.io.dicom_lost import DICOM_ENDINGS, OTHER_ENDINGS
 from medseg.io.files import reading
 
 LARGEST_ARCHIVE = 32 * 2**30

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from medseg.errors import MedsegError, UsageError
-from medseg.io.dicom_slice import lost_slices
+from medseg.io.dicom_lost import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive

@@ -14,8 +14,9 @@ import numpy as np
 from medseg.errors import MedsegError, UnreadableFile
 from medseg.io.dicom_geometry import parallel
 from medseg.io.dicom_header import silence
+from medseg.io.dicom_lost import lost_slices, may_hold_slices
 from medseg.io.dicom_series import Series, make_series
-from medseg.io.dicom_slice import VARIANTS, Slice, lost_slices, may_hold_slices
+from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
 
