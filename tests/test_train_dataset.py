@@ -16,7 +16,7 @@ from medseg.model.run import segment_file
 from medseg.model.segmenter import Model
 from medseg.train import loop
 from medseg.train.dataset import Dataset, read_dataset
-from medseg.train.dataset_json import Meaning
+from medseg.train.dataset_json import Meaning, read_description, read_meaning
 from medseg.train.fingerprint import Fingerprint, fingerprint
 from medseg.train.loop import plan_dataset, train_dataset
 from medseg.train.parallel import side_by_side
@@ -91,6 +91,44 @@ def test_the_decathlons_layout(tmp_path):
     assert (dataset.name, dataset.channels, len(dataset)) == ("Heart", ("MRI",), 2)
     assert [case.name for case in dataset] == ["x_1", "x_2"]
     assert [(label.value, label.name) for label in dataset.labels] == [(1, "atrium")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ({"background": 0, "2": 1, "3": 2, "1": 3}, {1: "2", 2: "3", 3: "1"}),
+        ({"background": 0, "11": 1, "12": 2}, {1: "11", 2: "12"}),
+        ({"0": "background", "1": "11", "2": "12"}, {1: "11", 2: "12"}),
+        ({"0": "background", "1": "2", "2": "1"}, {1: "2", 2: "1"}),
+        ({"background": "0", "11": "1", "liver": "2"}, {1: "11", 2: "liver"}),
+        ({"background": 0, "1": "liver", "2": "11"}, {1: "liver", 2: "11"}),
+        ({"0": 0, "1": 7}, {7: "1"}),
+    ],
+)
+def test_a_name_of_a_label_may_be_a_number(tmp_path, labels, named):
+    content = {"channel_names": {"0": "CT"}, "labels": labels}
+    read = read_description(write(tmp_path, **content)).meaning
+    assert {label.value: label.name for label in read.labels} == named
+    assert read_meaning(tmp_path / "dataset.json") == read
+
+
+def test_a_name_of_a_region_may_be_a_number(tmp_path):
+    labels = {"background": 0, "18": [1, 2], "1": 2, "ignore": 3}
+    read = read_description(
+        write(tmp_path, channel_names={"0": "CT"}, labels=labels, regions_class_order=[1, 2])
+    ).meaning
+    assert [(region.name, region.members, region.value) for region in read.regions] == [
+        ("18", (1, 2), 1),
+        ("1", (2,), 2),
+    ]
+    assert read.ignore == 3
+
+
+def test_what_was_drawn_is_said_by_names_that_are_numbers(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=2, shape=(4, 4, 4))
+    write(root, channel_names={"0": "MR"}, labels={"background": 0, "11": 1, "1": 2})
+    (root / "cases.json").write_text(json.dumps([{"case": "case_0", "structures": ["11"]}]))
+    assert [case.undrawn for case in read_dataset(root)] == [{2}, set()]
 
 
 @pytest.mark.realdata
@@ -212,6 +250,8 @@ def test_a_list_of_training_cases_that_makes_no_sense_is_refused(tmp_path, train
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "b": 1}}, "a value of its own above 0"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": "b"}}, "label 'a' needs one whole number"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": []}}, "label 'a' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"1": True}}, "label '1' needs one whole number"),
+        ({"channel_names": {"0": "CT"}, "labels": {"1": None}}, "label '1' needs one whole number"),
         ({"channel_names": {"0": "CT"}, "labels": {"a": "\N{SUPERSCRIPT TWO}"}}, "label 'a' needs one whole number"),
         ({"channel_names": {"0": "CT"}, "labels": {"whole": [1, 2]}}, "regions_class_order must give for each"),
         (

@@ -52,8 +52,8 @@ class DatasetRules(Strict):
                 raise ValueError("two labels or two channels have one name")
         if "background" in {rule.name for rule in self.labels}:
             raise ValueError("background is what is left, and no label")
-        if any(rule.name == "ignore" or rule.name.isdecimal() for rule in self.labels):
-            raise ValueError("a dataset.json would take a label called ignore, or a number, for something else")
+        if "ignore" in {rule.name for rule in self.labels}:
+            raise ValueError("in a dataset.json a label called ignore marks voxels that do not count")
         return self
 
     @property

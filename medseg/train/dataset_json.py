@@ -139,19 +139,24 @@ def _meaning(content: Mapping[str, Any], path: Path) -> Meaning:
 
 
 def _numbers(labels: object, path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the values of each name; the decathlon writes {"1": "liver"}, nnU-Net {"liver": 1} or {"all": [1, 2]}."""
+    """Return the values of each name; nnU-Net writes {"liver": 1} or {"all": [1, 2]}, the decathlon {"1": "liver"}.
+
+    Which it is, the type of what stands behind a key says: a name may be a number, as that of a tooth.
+    """
+    rows = list(labels.items()) if isinstance(labels, Mapping) else []
+    value_first = all(key.isdecimal() for key, text in rows if isinstance(text, str))
     numbers: dict[str, tuple[int, ...]] = {}
-    for key, value in labels.items() if isinstance(labels, Mapping) else ():
-        name, given = (value, key) if str(key).isdecimal() else (key, value)
+    for key, content in rows:
+        name, given = (content, key) if value_first and isinstance(content, str) else (key, content)
         values = given if isinstance(given, list) else [given]
-        if not values or not all(str(one).isdecimal() for one in values) or str(name) in numbers:
+        if not values or not all(str(one).isdecimal() for one in values) or name in numbers:
             raise DatasetError(
                 f"The label {name!r} needs one whole number from 0, or a list of them for a region, and a name of its "
                 "own.",
                 path=path,
                 reason="labels",
             )
-        numbers[str(name)] = tuple(sorted({int(one) for one in values}))
+        numbers[name] = tuple(sorted({int(one) for one in values}))
     return numbers
 
 
