@@ -212,7 +212,9 @@ def test_every_missing_file_is_listed(tmp_path):
     folder = make_balls(tmp_path / "balls", cases=3, shape=(4, 4, 4))
     (folder / "images/case_0.nii.gz").unlink()
     (folder / "images/case_2.nii.gz").unlink()
-    with pytest.raises(DatasetError, match=r"2 problem\(s\):\ncase_0: image is missing\ncase_2: image is missing"):
+    with pytest.raises(
+        DatasetError, match=r"2 problem\(s\):\ncase_0: image is missing: .*\ncase_2: image is missing: "
+    ):
         read_dataset(folder)
 
 
@@ -236,7 +238,7 @@ def test_what_a_file_manager_left_is_no_case(tmp_path):
     "training", [5, None, ["a"], [{"image": ["a", "b"], "label": "c"}], [{"image": None, "label": "c"}]]
 )
 def test_a_list_of_training_cases_that_makes_no_sense_is_refused(tmp_path, training):
-    with pytest.raises(DatasetError, match="must list pairs of one file each"):
+    with pytest.raises(DatasetError, match="must list pairs of an image and a label"):
         read_dataset(write(tmp_path, modality={"0": "CT"}, labels={"1": "a"}, training=training))
 
 
@@ -265,7 +267,10 @@ def test_a_list_of_training_cases_that_makes_no_sense_is_refused(tmp_path, train
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 1}}, '"ignore" must have one value of its own'),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": [2, 3]}}, '"ignore" must have one value'),
         ({"channel_names": {"0": "CT"}, "labels": {"a": 1, "ignore": 0}}, '"ignore" must have one value'),
-        ({"channel_names": {"0": "CT"}, "labels": {"a": 1}}, "there is no labelled image"),
+        (
+            {"channel_names": {"0": "CT"}, "labels": {"a": 1}},
+            "there is no labelled image: there is no folder imagesTr or",
+        ),
     ],
 )
 def test_a_dataset_json_that_says_too_little_is_refused(tmp_path, fields, message):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medseg.errors import DatasetError
-from medseg.io import VOLUME_ENDINGS
 from medseg.labels import Label
-from medseg.train.dataset_json import Description, Meaning, read_description
+from medseg.train.case_files import find_cases, missing, surplus
+from medseg.train.dataset_json import Meaning, read_description
 
 FOLD_SEED = 12345
 """The seed of nnU-Net's folds, so that results on a public dataset can be compared case by case."""
@@ -95,16 +94,15 @@ def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Da
     """
     root = Path(folder)
     told = read_description(root)
-    cases = _decathlon_cases(root, told.fields) if "training" in told.fields else _folder_cases(root, told)
-    if not cases:
-        raise DatasetError("The dataset has 1 problem(s): there is no labelled image.", path=root)
+    channels, ignore = len(told.channels), told.meaning.ignore
+    found = find_cases(root, told.fields, channels)
+    refuse([f"{one.name}: {problem}" for one in found if (problem := surplus(one, channels))], root)
+    cases = [Case(one.name, one.images, one.label, ignore=ignore, channels=channels) for one in found]
     twins = sorted(name for name, count in Counter(case.name for case in cases).items() if count > 1)
     refuse([f"{name}: two label files are called so; rename or remove one" for name in twins], root)
     if check_files:
         refuse([f"{case.name}: {problem}" for case in cases for problem in missing_files(case)], root)
-    ignore, channels = told.meaning.ignore, len(told.channels)
-    cases = [replace(case, ignore=ignore, channels=channels) for case in sorted(cases, key=lambda case: case.name)]
-    cases = _with_facts(cases, root / "cases.json", told.meaning.labels)
+    cases = _with_facts(sorted(cases, key=lambda case: case.name), root / "cases.json", told.meaning.labels)
     return Dataset(told.name, told.channels, told.meaning, tuple(cases))
 
 
@@ -117,7 +115,7 @@ def refuse(problems: Sequence[str], path: Path | None = None) -> None:
 
 def missing_files(case: Case) -> list[str]:
     """Return a line for each file of a case that is not there."""
-    return [f"{part} is missing" for part, file in case.files if not file.is_file()]
+    return [f"{part} is missing: {where}" for part, file in case.files if (where := missing(file))]
 
 
 def read_facts(path: Path, labels: Sequence[Label]) -> dict[str, tuple[frozenset[int], str]]:
@@ -164,41 +162,3 @@ def _refuse_unknown(names: set[str], path: Path) -> None:
             f"{', '.join(sorted(names)[:10])}.",
             path=path,
         )
-
-
-def _decathlon_cases(root: Path, content: Mapping[str, Any]) -> list[Case]:
-    given = content["training"]
-    right = isinstance(given, list) and all(isinstance(pair, dict) for pair in given)
-    pairs = [pair for pair in given if "image" in pair and "label" in pair] if right else []
-    if not right or not all(isinstance(pair[part], str) for pair in pairs for part in ("image", "label")):
-        raise DatasetError(
-            'The field "training" of dataset.json must list pairs of one file each, such as {"image": '
-            '"imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}.',
-            path=root / "dataset.json",
-        )
-    return [Case(_stem(Path(pair["image"]).name), (root / pair["image"],), root / pair["label"]) for pair in pairs]
-
-
-def _folder_cases(root: Path, told: Description) -> list[Case]:
-    content, channels = told.fields, len(told.channels)
-    images, labels = (
-        (root / "imagesTr", root / "labelsTr") if (root / "imagesTr").is_dir() else (root / "images", root / "labels")
-    )
-    endings = (str(content["file_ending"]),) if "file_ending" in content else VOLUME_ENDINGS
-    cases = []
-    for label in sorted(labels.glob("*")) if labels.is_dir() else ():
-        name = _stem(label.name)
-        ending = label.name[len(name) :]
-        if ending not in endings or name.startswith("."):
-            continue
-        plain = images / f"{name}{ending}"
-        numbered = tuple(images / f"{name}_{place:04d}{ending}" for place in range(channels))
-        cases.append(Case(name, (plain,) if channels == 1 and plain.is_file() else numbered, label))
-    return cases
-
-
-def _stem(file_name: str) -> str:
-    for ending in sorted(VOLUME_ENDINGS, key=len, reverse=True):
-        if file_name.endswith(ending):
-            return file_name[: -len(ending)]
-    return Path(file_name).stem
