@@ -66,8 +66,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the work
             stream.reconfigure(errors="backslashreplace")
-    # Not by raising SIGINT, which a script's background processes ignore.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ["PYTHONSAFEPATH"] = "1"  # whatever else is started imports nothing from the working folder
+    for name in ("SIGTERM", "SIGHUP"):  # not by raising SIGINT, which a script's background processes ignore
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+            signal.signal(number, signal.default_int_handler)
     try:
         app()
     except MedsegError as error:

@@ -163,7 +163,8 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("how", "in_background"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+    ("how", "in_background"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGHUP, False)],
 )
 def test_a_batch_that_is_told_to_stop_rolls_back_what_is_under_way(tmp_path, pipeline, how, in_background):
     """In the background of a script SIGINT is ignored, and SIGTERM must be heard all the same."""

@@ -15,6 +15,7 @@ how the cluster was set up:
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import medseg
 from medseg.errors import ClusterError, ModelError, UsageError
 from medseg.study.engine import Event, Hand
+from medseg.study.processes import end_with
 from medseg.study.run import ending
 from medseg.study.worker import Runner, Start, Task, collect_warnings
 
@@ -69,6 +71,7 @@ class Cluster:
         with ExitStack() as exits:
             exits.enter_context(_quiet())
             if scheduler == "local":
+                self.start = replace(start, parent=os.getpid())
                 scheduler = exits.enter_context(_local_cluster(workers, start.threads))
             self.client = exits.enter_context(_connected(scheduler))
             self.client.subscribe_topic(topic(start), self._tell)
@@ -210,6 +213,8 @@ def prepare(start: Start, version: str) -> dict[str, Any]:
     try:
         if version != medseg.__version__:
             raise ModelError("A worker of the cluster has another version of medseg. Install the same one everywhere.")
+        if start.parent is not None:
+            end_with(start.parent)
         return {"ready": _warm(start).runner.model.runtime.name}
     except Exception as error:  # noqa: BLE001 - whoever started the batch shows it
         return {"fatal": ending(error)}
@@ -260,6 +265,7 @@ def _local_cluster(workers: int, threads: int | None) -> Any:
     from distributed import LocalCluster
     from distributed.system import MEMORY_LIMIT
 
+    os.environ["PYTHONSAFEPATH"] = "1"  # for what Dask starts, now and later: the working folder may be one of studies
     with dask.config.set({f"distributed.worker.memory.{name}": value for name, value in MEMORY.items()}):
         return LocalCluster(
             n_workers=workers,

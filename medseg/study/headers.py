@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from medseg.cores import cores
-from medseg.errors import MedsegError
+from medseg.errors import MedsegError, unexpected
 from medseg.io.dicom_slice import Slice, read_headers, read_study_uid
+from medseg.study.processes import end_with, python_command, python_environment
 
 READERS = 16
 """Threads that fetch the heads of files ahead of the parser: it waits for no disk and no network."""
@@ -35,12 +35,6 @@ def all_study_uids(files: Sequence[Path]) -> Iterator[tuple[Path, str | MedsegEr
     yield from _each("uids", files)
 
 
-def package_environment() -> dict[str, str]:
-    """Return the environment in which another Python finds this medseg."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
 def _each(kind: str, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
     count = min(cores(), len(files) // (MANY // 2))
     if len(files) < MANY or count < 2:
@@ -56,9 +50,9 @@ def _each(kind: str, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
 def _elsewhere(kind: str, files: Sequence[Path]) -> list[tuple[Path, Any]]:
     """Return what another process read; if that fails, what this one reads."""
     done = subprocess.run(  # noqa: S603 - this module, for paths that arrive by its input
-        [sys.executable, "-m", "medseg.study.headers", kind],
+        python_command("medseg.study.headers", kind),
         input=pickle.dumps([*files]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env=package_environment(), check=False,
+        env=python_environment(), check=False,
     )  # fmt: skip
     if done.returncode:
         return [*_read(kind, files)]
@@ -74,6 +68,10 @@ def _read(kind: str, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
                 yield file, read(file)
             except MedsegError as error:
                 yield file, error
+            except Exception as error:  # noqa: BLE001 - memory, most likely: one file never stops the rest
+                told = unexpected(error)
+                told.path = file
+                yield file, told
 
 
 def _fetch(file: Path) -> Path:
@@ -86,4 +84,5 @@ def _fetch(file: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(pickle.dumps([*_read(sys.argv[1], pickle.load(sys.stdin.buffer))]))  # noqa: S301 - from whoever started this
+    end_with(int(sys.argv[1]))
+    sys.stdout.buffer.write(pickle.dumps([*_read(sys.argv[2], pickle.load(sys.stdin.buffer))]))  # noqa: S301 - from whoever started this

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any
 
 from medseg.cores import cores
 from medseg.study.engine import Event, Hand
-from medseg.study.headers import package_environment
+from medseg.study.processes import python_command, python_environment
 from medseg.study.worker import Start, Task
 
 END_S = 10.0
@@ -46,12 +45,12 @@ class Process(Hand):
 
     def __init__(self, start: Start, events: SimpleQueue[Event]):
         threads = {} if start.threads is None else {"OMP_NUM_THREADS": str(start.threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "medseg.study.worker"],
+        self._process = subprocess.Popen(  # noqa: S603 - a module of medseg
+            python_command("medseg.study.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=package_environment() | threads,
+            env=python_environment() | threads,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for who started it, who ends it
         )

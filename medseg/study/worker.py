@@ -1,8 +1,8 @@
-"""A process that keeps a pipeline's networks loaded and runs studies: python -m medseg.study.worker.
+"""A process that keeps a pipeline's networks loaded and runs studies: python -m medseg.study.worker PARENT.
 
 It reads one JSON message a line from standard input, first {"start": ...}, then {"study": ...}, and answers in the same
 way on standard output. Reading the next study and writing the last one overlap with computing. When its input ends
-it is gone at once: whoever started it is gone, too, or wants no more.
+it is gone at once: whoever started it wants no more. When whoever started it is gone, so is it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from medseg.study.deidentify import deidentify
 from medseg.study.find import listed
 from medseg.study.ledger import Ledger, clear, emptied, sha256
 from medseg.study.pipeline import Pipeline
+from medseg.study.processes import end_with
 from medseg.study.run import Job, ending, import_ahead, read_job, segment_job, versions, write_job
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Start:
     precision: str | None = None
     threads: int | None = None
     deidentify: bool = False
+    parent: int | None = None  # the process that a worker on the same machine ends with
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,8 @@ def collect_warnings() -> None:
 
 
 def main() -> None:
-    """Serve until the input ends."""
+    """Serve until the input, or the process that started this one, ends."""
+    end_with(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints must not disturb the answers
     lock = threading.Lock()
