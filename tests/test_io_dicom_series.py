@@ -29,7 +29,7 @@ from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, ImplicitVRLittleEndia
 from medseg.errors import MedsegError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_header import silence
 from medseg.io.dicom_pixels import read_pixels
-from medseg.io.dicom_series import find_series, frame_of_reference, read
+from medseg.io.dicom_series import choose, find_series, frame_of_reference, read
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -181,6 +181,9 @@ class TestValues:
         assert frame_of_reference(tmp_path) == ""
 
 
+PALETTE = {"RedPaletteColorLookupTableDescriptor": [256, 0, 16]}
+COMPRESSED = {"PixelData": pydicom.encaps.encapsulate([b"1234"]), "syntax": JPEGLSLossless}
+
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("missing_slice", r"1 of 6 slices are missing: .* 2\.50 mm apart, but 5\.00 mm", {"slices": [0, 1, 3, 4, 5]}),
     ("irregular_spacing", r"2\.25 to 2\.75 mm apart, and one lies 0\.25 mm", {"slices": [0, 1, 1.9, 3, 4]}),
@@ -212,24 +215,43 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("multi_frame", "several frames", {"NumberOfFrames": 2}),
     ("multi_frame", "several frames", {"NumberOfFrames": 2, "PerFrameFunctionalGroupsSequence": [Dataset()]}),
     ("no_geometry", "where it lies", {"SharedFunctionalGroupsSequence": [Dataset()], "PixelSpacing": None}),
-    ("mosaic", "Siemens mosaic", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}),
+    ("mosaic", "many slices tiled", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}),
     ("color", "color picture", {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}),
     ("color", "color picture", {"PhotometricInterpretation": "PALETTE COLOR"}),
     ("color", "color picture", {"SamplesPerPixel": 3}),
-    ("bit_layout", "HighBit", {"BitsStored": 12}),
+    ("missing_attribute", "does not state Rows", {"Rows": None}),
+    ("missing_attribute", "PixelRepresentation,", {"PixelRepresentation": None}),
+    ("missing_attribute", "BitsStored and PixelRepresentation", {"BitsStored": None, "PixelRepresentation": None}),
+    ("missing_attribute", "SamplesPerPixel and Phot", {"SamplesPerPixel": None, "PhotometricInterpretation": ""}),
+    ("missing_attribute", "PhotometricInt", {"PhotometricInterpretation": None, **COMPRESSED}),
+    (
+        "color",
+        "color picture",
+        {"PhotometricInterpretation": None, **PALETTE},
+    ),
+    ("bit_layout", "HighBit is not BitsStored - 1", {"BitsStored": 12}),
+    ("bit_layout", "BitsStored does not fit", {"BitsStored": 17, "HighBit": 16}),
+    ("bit_layout", "neither 0 nor 1", {"PixelRepresentation": 2}),
+    ("bit_layout", "floating-point", {"PixelData": None, "FloatPixelData": bytes(96), "BitsAllocated": 32}),
     ("rescale", "table or no numbers", {"ModalityLUTSequence": [Dataset()]}),
     ("rescale", "table or no numbers", {"RescaleSlope": 0}),
-    ("not_an_image", "no scan", {"Rows": None, "Columns": None, "PixelData": None}),
+    ("not_an_image", "no scan", {"Rows": None, "Columns": None, "PixelData": None, "Modality": "SR"}),
     ("not_an_image", "no scan", {"Modality": "SEG"}),
     ("not_an_image", "no scan", {"Modality": "RTDOSE"}),
+    ("no_pixels", "has no pixels", {"PixelData": None}),
+    ("no_pixels", "has no pixels", {"PixelData": None, "Rows": None, "Columns": None, "SOPClassUID": ""}),
     ("localizer", "localizer", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
     ("no_geometry", "where it lies", {"each": lambda k: {"ImagePositionPatient": None} if k == 3 else {}}),
-    ("no_geometry", "where it lies", {"ImageOrientationPatient": None}),
-    ("no_geometry", "where it lies", {"PixelSpacing": ""}),
-    ("no_geometry", "where it lies", {"PixelSpacing": [0, 1]}),
-    ("no_geometry", "where it lies", {"ImagePositionPatient": ["1e300", "0", "0"]}),
-    ("no_geometry", "where it lies", {"ImageOrientationPatient": [1, 0, 0, 0.01, 1, 0]}),
-    ("no_geometry", "where it lies", {"ImageOrientationPatient": [1, 0, 0, 0, 1.01, 0]}),
+    (
+        "no_geometry",
+        "ImageOrientationPatient is missing and PixelSpacing is missing",
+        {"ImageOrientationPatient": None, "PixelSpacing": ""},
+    ),
+    ("no_geometry", "PixelSpacing is not two positive", {"PixelSpacing": [0, 1]}),
+    ("no_geometry", "PixelSpacing is not two positive", {"PixelSpacing": [1, 1, 1]}),
+    ("no_geometry", "ImagePositionPatient is not three num", {"ImagePositionPatient": ["1e300", "0", "0"]}),
+    ("no_geometry", "is not two perp", {"ImageOrientationPatient": [1, 0, 0, 0.01, 1, 0]}),
+    ("no_geometry", "is not two perp", {"ImageOrientationPatient": [1, 0, 0, 0, 1.01, 0]}),
 ]
 
 
@@ -272,6 +294,35 @@ class TestRefusals:
         with pytest.raises(SeriesRefused, match="Install the decoders") as caught:
             read(tmp_path)
         assert caught.value.reason == "compressed_no_codec"
+
+
+class TestMissingAttributes:
+    """What is missing and says nothing about the pixels is not asked for."""
+
+    @pytest.mark.parametrize(
+        "tags",
+        [
+            {"NumberOfFrames": 0},
+            {"NumberOfFrames": ""},
+            {"HighBit": None},
+            {"PhotometricInterpretation": None},
+            {"SamplesPerPixel": None},
+            {"Modality": None, "ImageType": None, "FrameOfReferenceUID": None},
+        ],
+    )
+    @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+    def test_enough_is_left(self, tmp_path: Path, tags: dict[str, Any], syntax: str) -> None:
+        write_series(tmp_path / "whole", syntax=syntax)
+        write_series(tmp_path / "lacking", syntax=syntax, **tags)
+        lacking, whole = read(tmp_path / "lacking"), read(tmp_path / "whole")
+        assert lacking.grid.matches(whole.grid, 0)
+        np.testing.assert_array_equal(lacking.array, whole.array)
+
+    def test_no_frames_and_compressed(self, tmp_path: Path) -> None:
+        with silence():
+            write_series(tmp_path, syntax=RLELossless, NumberOfFrames=0)
+            volume = read(tmp_path)
+            assert_every_pixel_in_place(volume, tmp_path)
 
 
 class TestFolders:
@@ -347,6 +398,8 @@ class TestDamage:
             path.write_bytes(whole[:length])
             with pytest.raises((UnreadableFile, SeriesRefused)):
                 read(tmp_path)
+            with pytest.raises((UnreadableFile, SeriesRefused)):  # headers alone tell
+                choose(tmp_path)
 
     @pytest.mark.parametrize(("length", "text"), [(-1, "cut short or damaged"), (300, "before it names its series")])
     def test_cut_file_is_named_by_its_path_alone(self, tmp_path: Path, length: int, text: str) -> None:

@@ -64,11 +64,11 @@ class Header:
 
     def text(self, name: str) -> str:
         """Return an element as text, several values with a backslash between them; "" where it is blank or absent."""
-        return "\\".join(map(str, self._values(name)))
+        return "\\".join(map(str, self.values(*_tag(name))))
 
     def numbers(self, name: str) -> list[float]:
         """Return the numbers of an element; none where it is blank, NaN for what is none or none to compute with."""
-        return [_number(value) for value in self._values(name)]
+        return [number_of(value) for value in self.values(*_tag(name))]
 
     def number(self, name: str, *, blank: float = math.nan) -> float:
         """Return the number of an element, `blank` where there is none, NaN where there are several."""
@@ -77,8 +77,13 @@ class Header:
             return blank
         return numbers[0] if len(numbers) == 1 else math.nan
 
-    def _values(self, name: str) -> list[Any]:
-        tag, usual = _tag(name)
+    def raw(self, tag: int) -> bytes:
+        """Return the bytes of an element that is kept as it is; none where it is absent or something else."""
+        element = self.elements.get(tag)
+        return element.value if element is not None and isinstance(element.value, bytes) else b""
+
+    def values(self, tag: int, usual: str) -> list[Any]:
+        """Return the values of an element; `usual` is its value representation where the file states none."""
         element = self.elements.get(tag)
         value = None if element is None else element.value
         if element is not None and isinstance(value, bytes):
@@ -137,7 +142,7 @@ def frame_headers(data: Dataset) -> list[Header]:
     """
     top = {int(tag): data.get_item(tag) for tag in data.keys()}  # noqa: SIM118 - iterating a Dataset converts it
     frames = data.get("PerFrameFunctionalGroupsSequence") or ()
-    count = Header(top).number("NumberOfFrames", blank=1)
+    count = Header(top).number("NumberOfFrames", blank=1) or 1  # some write 0 for a file without frames
     if not frames or len(frames) != count:
         return [Header(top, frame_is_described=not frames and count == 1)]
     shared = [element for item in data.get("SharedFunctionalGroupsSequence") or () for element in _grouped(item)]
@@ -163,7 +168,8 @@ def _tag(name: str) -> tuple[int, str]:
     return tag, dictionary_VR(tag)
 
 
-def _number(value: Any) -> float:
+def number_of(value: Any) -> float:
+    """Return a value as a number, NaN for what is none or none to compute with."""
     try:
         number = float(value)
     except (ValueError, TypeError):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from medseg.errors import UnreadableFile
 from medseg.io.dicom_geometry import Problem, slice_plane
 from medseg.io.dicom_header import Header, damage, frame_headers, parsing
+from medseg.io.dicom_mosaic import TAGS as MOSAIC_TAGS
 from medseg.io.dicom_pixels import Native, locate
-from medseg.io.dicom_refusals import slice_problem
+from medseg.io.dicom_refusals import Pixels, slice_problem
+from medseg.io.dicom_whole import pixels_of
 from medseg.volume import Affine
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ VARIANTS = (
 """What may tell apart several stacks in one series, the most telling first."""
 
 HEADER_TAGS = (
-    *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
     *("Modality", "SeriesNumber", "SeriesDescription", "ContrastBolusAgent", *VARIANTS),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SpecificCharacterSet"),
+    "RedPaletteColorLookupTableDescriptor",
 )
 
 
@@ -78,7 +81,7 @@ def read_headers(path: Path) -> list[Slice]:
     """Return the header of each slice of a DICOM file, its pixels left unread; none for DICOMDIR and other files.
 
     A file of enhanced CT, MR or PET gives a slice for each of its frames.
-    Raises UnreadableFile where the file is DICOM but its header is cut off.
+    Raises UnreadableFile where the file is DICOM and its header or its pixels are cut off.
     """
     from pydicom import dcmread
     from pydicom.errors import InvalidDicomError
@@ -93,9 +96,12 @@ def read_headers(path: Path) -> list[Slice]:
             return []
         if "SeriesInstanceUID" not in data and "Rows" not in data:
             raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
-        headers = frame_headers(data)
-        description, native = _described(data), locate(file, data, headers[0])
-        return [_slice(path, frame, header, description, native) for frame, header in enumerate(headers)]
+        start, headers, description = file.tell(), frame_headers(data), _described(data)
+        native = locate(file, data, headers[0])
+        pixels, is_whole = pixels_of(file, start, data, len(headers), native)
+        if not is_whole:
+            raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path)
+        return [_slice(path, frame, header, description, native, pixels) for frame, header in enumerate(headers)]
 
 
 def read_study_uid(path: Path) -> str | None:
@@ -133,7 +139,8 @@ def _tags() -> dict[str, BaseTag]:
     from pydicom.datadict import tag_for_keyword
     from pydicom.tag import Tag
 
-    return {name: Tag(tag_for_keyword(name) or 0) for name in HEADER_TAGS}
+    standard = {name: Tag(tag_for_keyword(name) or 0) for name in HEADER_TAGS}
+    return standard | {f"{tag:08x}": Tag(tag) for tag in MOSAIC_TAGS}
 
 
 def _described(data: Dataset) -> str:
@@ -144,7 +151,7 @@ def _described(data: Dataset) -> str:
         return ""
 
 
-def _slice(path: Path, frame: int, header: Header, description: str, native: Native | None) -> Slice:
+def _slice(path: Path, frame: int, header: Header, description: str, native: Native | None, pixels: Pixels) -> Slice:
     thicknesses = (header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
     plane = _plane(header)
     return Slice(
@@ -165,7 +172,7 @@ def _slice(path: Path, frame: int, header: Header, description: str, native: Nat
         thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
-        problem=slice_problem(header, placed=plane is not None),
+        problem=slice_problem(header, pixels, placed=plane is not None),
         native=native,
     )
 
