@@ -135,6 +135,7 @@ def test_what_was_looked_for_and_what_is_there_stands_beside_what_is_missing(tmp
     ("files", "fields", "said"),
     [
         ([], {}, "there is no folder imagesTr or images beside dataset.json; it holds 1 .json file"),
+        (["gt_segmentations/a.nii"], {}, "give the folder in nnUNet_raw"),
         (["scans/a.nii"], {}, "imagesTr or images beside dataset.json; it holds 1 "),
         (["imagesTr/a_0000.nii"], {}, "imagesTr is there, and the folder labelsTr is not"),
         (["images/a.nii", "labels/a.mhd"], {}, "looked for .nii, .nii.gz, .nrrd, .mha in labels; it holds 1 .mhd"),

@@ -73,6 +73,8 @@ def surplus(case: CaseFiles, channels: int) -> str | None:
 
 def _in_folders(root: Path, fields: Mapping[str, Any], channels: int) -> list[CaseFiles]:
     images, labels = next(((root / one, root / other) for one, other in FOLDERS if (root / one).is_dir()), (None, None))
+    if (root / "gt_segmentations").is_dir():
+        raise _no_case("this is what nnU-Net prepared (nnUNet_preprocessed); give the folder in nnUNet_raw", root)
     if images is None or labels is None:
         raise _no_case(f"there is no folder imagesTr or images beside dataset.json; {_held(root)}", root)
     if not labels.is_dir():

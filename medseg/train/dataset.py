@@ -15,6 +15,9 @@ from medseg.errors import DatasetError
 from medseg.labels import Label
 from medseg.train.case_files import find_cases, missing, surplus
 from medseg.train.dataset_json import Meaning, read_description
+from medseg.train.splits import Split, check_groups, read_splits
+
+FOLDS = 5
 
 FOLD_SEED = 12345
 """The seed of nnU-Net's folds, so that results on a public dataset can be compared case by case."""
@@ -47,12 +50,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images of one kind, sorted by name, with what their channels and labels are called."""
+    """Labelled images of one kind, sorted by name, with what their channels and labels are called.
+
+    `splits` are the folds that came with them; without any, folds are drawn.
+    """
 
     name: str
     channels: tuple[str, ...]
     meaning: Meaning
     cases: tuple[Case, ...]
+    splits: tuple[Split, ...] = ()
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -65,14 +72,23 @@ class Dataset:
     def __iter__(self) -> Iterator[Case]:
         return iter(self.cases)
 
-    def fold(self, fold: int, folds: int = 5) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-        """Return the (training, validation) cases of one of `folds` folds: shuffled, on sorted groups, seed 12345.
+    @property
+    def folds(self) -> int:
+        """How many folds there are unless it is said otherwise: those that came with the dataset, or 5."""
+        return len(self.splits) or FOLDS
 
-        A case without a group is a group of its own.
-        Raises DatasetError where there are fewer groups than folds or no fold of that number.
+    def fold(self, fold: int, folds: int | None = None) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+        """Return the (training, validation) cases of a fold that came with the dataset, or of one of `folds` drawn.
+
+        They are drawn as nnU-Net's: shuffled, on sorted groups, seed 12345. A case without a group is a group of its
+        own. Raises DatasetError where there are fewer groups than folds, other folds came with it, or no fold of that
+        number.
         """
+        folds = folds or self.folds
+        if self.splits:
+            return self._listed(fold, folds)
         groups = sorted({case.group or case.name for case in self.cases})
-        if not 0 <= fold < folds <= len(groups):
+        if not 0 <= fold < folds <= len(groups) or folds < 2:
             raise DatasetError(
                 f"Fold {fold} of {folds} cannot be made from {len(groups)} cases or groups of them: folds count from "
                 "0, and each needs one to validate on. Give fewer folds, or another one."
@@ -82,6 +98,17 @@ class Dataset:
         chosen = {groups[place] for place in np.array_split(order, folds)[fold]}
         training = tuple(case for case in self.cases if (case.group or case.name) not in chosen)
         return training, tuple(case for case in self.cases if (case.group or case.name) in chosen)
+
+    def _listed(self, fold: int, folds: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+        if folds != len(self.splits) or not 0 <= fold < folds:
+            raise DatasetError(
+                f"Fold {fold} of {folds} is not one of the {len(self.splits)} that came with the dataset "
+                "(splits_final.json, or dataset.json): folds count from 0. Give their number, or remove that list to "
+                "have folds drawn.",
+                reason="folds",
+            )
+        training, validation = (tuple(case for case in self.cases if case.name in side) for side in self.splits[fold])
+        return training, validation
 
 
 def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Dataset:
@@ -102,8 +129,10 @@ def read_dataset(folder: str | PathLike[str], *, check_files: bool = True) -> Da
     refuse([f"{name}: two label files are called so; rename or remove one" for name in twins], root)
     if check_files:
         refuse([f"{case.name}: {problem}" for case in cases for problem in missing_files(case)], root)
+    splits = read_splits(root, told.fields, {case.name: case.label for case in cases})
     cases = _with_facts(sorted(cases, key=lambda case: case.name), root / "cases.json", told.meaning.labels)
-    return Dataset(told.name, told.channels, told.meaning, tuple(cases))
+    check_groups(splits, {case.name: case.group for case in cases})
+    return Dataset(told.name, told.channels, told.meaning, tuple(cases), splits)
 
 
 def refuse(problems: Sequence[str], path: Path | None = None) -> None:

@@ -51,8 +51,8 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     Without a `fold` all are trained one after the other, each with the whole budget, and the scores are pooled as
     `cross_validate` does it. What an earlier run has done is not done again.
     A plan.json that is in the folder is followed, and a train.json too: edit them to decide otherwise. The number of
-    folds is that of train.json, or 5, unless it is given. With `start`, a model, its plan is followed with the labels
-    of the dataset, and its weights are where the training begins.
+    folds is that of train.json, of folds that came with the dataset, or 5, unless it is given. With `start`, a model,
+    its plan is followed with the labels of the dataset, and its weights are where the training begins.
     Under torchrun several processes train it together; the first one writes, validates and returns the scores.
     Raises what `read_dataset`, `fingerprint` and `train_model` raise.
     """
@@ -117,9 +117,12 @@ def _planned(where: Path, device: torch.device) -> Plan:
 def _settings_for(where: Path, folds: int | None, cases: Dataset) -> TrainSettings:
     """Return the recipe of a folder with a number of folds.
 
-    A train.json that says nothing of it then states it, where there can be so many and no fold was trained yet.
+    Without one it is that of folds that came with the dataset. A train.json that says nothing of it then states it,
+    where there can be so many and no fold was trained yet.
     """
     settings = _kept_settings(where)
+    if folds is None and cases.splits and "folds" not in settings.model_fields_set:
+        folds = cases.folds
     if folds is not None:
         cases.fold(0, folds)
         stated = "folds" in settings.model_fields_set or any(where.glob("fold_*"))
@@ -166,7 +169,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     cannot be trained, or the training diverges, what reading a case raises, and UsageError where TensorBoard is not
     installed.
     """
-    settings = settings or TrainSettings()
+    settings = settings or TrainSettings(folds=dataset.folds)
     limit = Budget.parse(budget)
     check_possible(dataset, plan, settings)
     where = Path(folder)

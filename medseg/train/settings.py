@@ -82,5 +82,5 @@ class TrainSettings(Stored):
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compile: bool = False
     early_stop: float = Field(default=0, ge=0, lt=1)
-    folds: int = Field(default=5, ge=2)
+    folds: int = Field(default=5, ge=1)
     seed: int = Field(default=12345, ge=0)
