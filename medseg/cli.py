@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ import medseg
 from medseg.cli_data import dataset, report
 from medseg.cli_import import import_
 from medseg.cli_options import (
+    Anyway,
     AsJson,
     Assume,
     Device,
@@ -46,9 +47,6 @@ from medseg.cli_show import (
 )
 from medseg.cli_train import evaluate, plan, train
 from medseg.errors import MedsegError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Segment CT and MRI volumes, train the networks that do it, and keep the geometry exact.",
@@ -160,7 +158,12 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
             help="A volume, a DICOM series folder, a folder of volumes, or a.nii.gz,b.nii.gz for channels.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The label file; for a folder of volumes, a folder.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The label file, .dcm for a DICOM SEG of a series; for a folder of volumes, a folder."
+        ),
+    ],
     roi: Annotated[
         str | None, typer.Option(help="A box in mm of RAS+ world space: x,y,z,x,y,z. The rest stays 0.")
     ] = None,
@@ -178,10 +181,11 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     uncertainty: Uncertainty = False,
     expected_volumes: ExpectedVolumes = False,
     report: Annotated[Path | None, typer.Option(help="Write times, memory and volumes of each scan as JSON.")] = None,
+    anyway: Anyway = False,
     as_json: AsJson = False,
 ) -> None:
     """Segment a scan, or each scan of a folder; labels are written on the scan's own grid."""
-    from medseg.model.run import Options, Outcome, segment_file, segment_folder, volume_files
+    from medseg.model.run import Options, Outcome, is_folder_of_volumes, segment_file, segment_folder
     from medseg.model.segmenter import Model
 
     channels = _channels(source)
@@ -189,17 +193,17 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         _check_report(report, channels, target)
     loaded = Model.load(model, device=device, runtime=runtime, threads=threads, precision=precision)
     extras = (probabilities, uncertainty, expected_volumes)
-    options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras)
+    options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras, anyway)
     outcomes: list[Outcome]
     with progress() as show:
         first = channels[0]
-        if len(channels) == 1 and first.is_dir() and volume_files(first):
+        if len(channels) == 1 and is_folder_of_volumes(first):
             outcomes = list(segment_folder(loaded, first, target, options, progress=tiles(show)))
         else:
             scan = first if len(channels) == 1 else channels
             outcomes = [segment_file(loaded, scan, target, options, progress=tiles(show))]
     show_segmented(outcomes, report, as_json=as_json)
-    if any(outcome.error for outcome in outcomes):
+    if any(outcome.error for outcome in outcomes) or all(outcome.left_out for outcome in outcomes):
         raise typer.Exit(EXIT_FAILED)
 
 

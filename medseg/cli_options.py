@@ -25,3 +25,7 @@ Reuse = Annotated[bool, typer.Option(help="Compute tiles of one constant value o
 Step = Annotated[
     float | None, typer.Option(help="Distance between tiles, a share of the patch; by default what the model says.")
 ]
+Anyway = Annotated[
+    bool,
+    typer.Option("--anyway", help="Take a series of another modality than the model's, and label maps, for scans."),
+]

@@ -155,10 +155,20 @@ def show_segmented(outcomes: Sequence[Segmented], report: Path | None, *, as_jso
             source = outcome.source
             print_error(outcome.error, source if isinstance(source, Path) else ",".join(map(str, source)))
         elif not as_json:
-            print_measurements(str(outcome.target), outcome.measurements)
+            _show_one(outcome)
     if report is not None:
         with written_whole(report) as beside:
             beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _show_one(outcome: Segmented) -> None:
+    remarks = [f"warning: {text}" for text in outcome.warnings]
+    if outcome.left_out is None:
+        print_measurements(str(outcome.target), outcome.measurements)
+    else:
+        remarks = [f"{outcome.source}: left out, since it is no scan: {outcome.left_out} (--anyway takes it)."]
+    for text in remarks:
+        err.print(text, markup=False, highlight=False, style="yellow", soft_wrap=True)
 
 
 def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:

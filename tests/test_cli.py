@@ -17,6 +17,7 @@ from models import threshold_model, tiny_model
 from test_model_segmenter import ball
 
 import medseg
+import medseg.io.files
 import medseg.model.run
 from medseg import cli
 from medseg.io import load, save
@@ -199,7 +200,7 @@ def test_segment_tells_how_sure_it_is(run, scan, model_folder, tmp_path):
     code, out, _ = run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--expected-volumes", "--json")
     row = json.loads(out)[0]["labels"][0]
     assert row["expected_volume_ml"] == pytest.approx(probability.array.sum() * labels.grid.voxel_mm3 / 1000, rel=1e-5)
-    assert sorted(path.name for path in tmp_path.glob("labels*")) == ["labels.nii.gz"]
+    assert sorted(path.name for path in tmp_path.glob("labels*")) == ["labels.labels.json", "labels.nii.gz"]
 
 
 def test_segment_a_box(run, scan, model_folder, tmp_path):
@@ -266,10 +267,14 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
 
 
 def test_results_are_shown_though_a_report_could_not_be_written(run, scan, model_folder, tmp_path, monkeypatch):
-    def full(*_args: object, **_options: object) -> None:
-        raise OSError(28, "No space left on device")
+    real = medseg.io.files.written_whole
 
-    monkeypatch.setattr("json.dumps", full)
+    def full(path: Path) -> object:
+        if path.name == "r.json":
+            raise OSError(28, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr("medseg.io.files.written_whole", full)
     code, out, err = run("segment", model_folder, scan, tmp_path / "a.nii.gz", "--report", tmp_path / "r.json")
     assert code == 1
     assert "ball" in out
@@ -291,7 +296,9 @@ def test_segment_a_folder_goes_on_after_a_bad_file_and_says_so(run, scan, model_
     (folder / "c.nii.gz").write_bytes(scan.read_bytes())
     code, out, err = run("segment", model_folder, folder, tmp_path / "labels")
     assert code == 1
-    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == [
+        *("a.labels.json", "a.nii.gz", "c.labels.json", "c.nii.gz"),
+    ]
     assert "b.nii.gz" in err
     assert "Traceback" not in out + err
     code, _, err = run("segment", model_folder, folder, folder)
@@ -323,7 +330,9 @@ def test_what_nobody_foresaw_costs_one_scan_of_a_folder(run, scan, model_folder,
     monkeypatch.setattr(medseg.model.run._Job, stage, fails)
     code, _, err = run("segment", model_folder, folder, tmp_path / "labels", "--report", tmp_path / "report.json")
     assert code == 1
-    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == [
+        *("a.labels.json", "a.nii.gz", "c.labels.json", "c.nii.gz"),
+    ]
     assert re.search(rf"b\.nii\.gz: {said}", err.replace("\n", ""))
     assert "SMITH" not in err
     assert len(json.loads((tmp_path / "report.json").read_text())) == 3
@@ -336,7 +345,7 @@ def test_segment_a_folder_says_which_scan_a_link_does_not_lead_to(run, scan, mod
     (folder / "b.nii.gz").symlink_to(tmp_path / "not_fetched.nii.gz")
     (folder / "._a.nii.gz").write_bytes(b"as macOS leaves them")
     code, _, err = run("segment", model_folder, folder, tmp_path / "labels")
-    assert [file.name for file in (tmp_path / "labels").iterdir()] == ["a.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == ["a.labels.json", "a.nii.gz"]
     assert code == 1
     assert err.replace("\n", "").endswith(
         "b.nii.gz: The link leads to a file that is not there. Fetch that file, or copy it again."
@@ -360,8 +369,8 @@ def test_segment_a_folder_takes_whatever_can_be_read(run, scan, model_folder, tm
     assert (code, err) == (0, "")
     names = ["A.NII.GZ", "C.nii.gz", "b.nii.gz", "d.mha", "e.nrrd"]
     written = sorted(file.name for file in (tmp_path / "labels").iterdir())
-    assert sorted(names) == [name for name in written if "uncertainty" not in name]
-    assert len(written) == 10
+    assert sorted(names) == [name for name in written if "uncertainty" not in name and not name.endswith(".json")]
+    assert len(written) == 15
     expected = load(tmp_path / "labels" / "A.NII.GZ")
     assert expected.array.any()
     for name in names:
@@ -599,8 +608,9 @@ def test_a_series_is_not_looked_through_for_each_map(run, model_folder, tmp_path
     looked, find = [], dicom_series.find_series
     monkeypatch.setattr(dicom_series, "find_series", lambda path: looked.append(path) or find(path))
     series = write_source(tmp_path / "ct")
-    assert run("segment", model_folder, series, tmp_path / "a.nii.gz")[0] == 0
+    assert run("segment", model_folder, series, tmp_path / "a.nii.gz", "--anyway")[0] == 0
     once = len(looked)
-    assert run("segment", model_folder, series, tmp_path / "b.nii.gz", "--probabilities", "--uncertainty")[0] == 0
+    soft = ("--probabilities", "--uncertainty")
+    assert run("segment", model_folder, series, tmp_path / "b.nii.gz", "--anyway", *soft)[0] == 0
     assert len(looked) == 2 * once > 0
     assert load(tmp_path / "b_uncertainty.nii.gz").grid.matches(load(tmp_path / "b.nii.gz").grid)

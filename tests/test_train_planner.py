@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import warnings
+
 import numpy as np
 import pytest
 from datasets import make_balls
@@ -164,3 +167,47 @@ def test_a_fingerprint_that_is_missing_or_wrong_is_refused(tmp_path):
 def test_left_and_right_are_not_mirrored_where_labels_tell_them_apart():
     assert mirror_axes(make_labels([(1, "liver")])) == (0,)
     assert mirror_axes(make_labels([(1, "Kidney_Left"), (2, "Kidney_Right")])) == ()
+
+
+def test_a_fingerprint_names_no_case_and_says_what_training_saw(tmp_path):
+    root = make_balls(tmp_path / "smith", cases=4)
+    dataset = read_dataset(root)
+    found = fingerprint(dataset)
+    found.save(tmp_path / "fingerprint.json")
+    assert not any(case.name in (tmp_path / "fingerprint.json").read_text() for case in dataset)
+    labels = [load(case.label) for case in dataset]
+    value = dataset.labels[0].value
+    volumes = [(one.array == value).sum() * one.grid.voxel_mm3 / 1000 for one in labels]
+    seen = found.seen.volumes_ml[value]
+    assert (seen.smallest, seen.largest, seen.always) == (
+        pytest.approx(min(volumes)),
+        pytest.approx(max(volumes)),
+        True,
+    )
+    views = [np.multiply(one.grid.reoriented("RAS").shape, one.grid.reoriented("RAS").spacing_mm) for one in labels]
+    assert found.seen.largest_view_mm == pytest.approx(np.max(views, axis=0), abs=1e-3)
+    assert found.seen.smallest_view_mm == pytest.approx(np.min(views, axis=0), abs=1e-3)
+
+
+def test_a_structure_that_was_not_drawn_says_nothing_of_its_volumes(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    dataset = read_dataset(root)
+    names = [label.name for label in dataset.labels]
+    empty = load(root / "labels/case_0.nii.gz")
+    save(empty.with_array(empty.array * 0), root / "labels/case_0.nii.gz")
+    for structures, always in ((names[1:], True), (names, False)):
+        (root / "cases.json").write_text(json.dumps([{"case": "case_0", "structures": structures}]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a case without a labelled voxel is odd
+            assert fingerprint(read_dataset(root)).seen.volumes_ml[dataset.labels[0].value].always is always
+
+
+def test_an_older_fingerprint_with_names_is_read_without_them(tmp_path):
+    old = json.loads(fingerprint(read_dataset(make_balls(tmp_path / "balls", cases=2))).model_dump_json())
+    del old["seen"], old["names_sha256"]
+    for number, case in enumerate(old["cases"]):
+        case["name"] = f"Smith_{number}"
+    (tmp_path / "fingerprint.json").write_text(json.dumps(old))
+    read = Fingerprint.load(tmp_path / "fingerprint.json")
+    assert read.seen is None
+    assert "Smith" not in read.model_dump_json()

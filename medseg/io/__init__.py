@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,13 @@ VOLUME_ENDINGS = (*nifti.WRITTEN_ENDINGS, *itk.WRITTEN_ENDINGS)
 """How the names of volumes end that can be read and written."""
 
 
-def load(path: AnyPath | Sequence[AnyPath], *, assume_orientation: str | None = None, channels: int = 1) -> Volume:
+def load(
+    path: AnyPath | Sequence[AnyPath],
+    *,
+    assume_orientation: str | None = None,
+    channels: int = 1,
+    modalities: Sequence[str | None] = (),
+) -> Volume:
     """Return the image that `path` holds: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
 
     Several paths give one volume with their images as channels, on the grid of the first. The others are resampled
@@ -28,15 +34,15 @@ def load(path: AnyPath | Sequence[AnyPath], *, assume_orientation: str | None = 
     `assume_orientation` says where the stored axes point ("RAS": i to the right, j to the front, k to the head) in
     files that do not say so themselves; such an image is centered at 0 0 0. It changes nothing for other files.
     One NIfTI file may hold several `channels` along its fourth axis, where that many are expected; else a fourth axis
-    is time, and refused.
-    Raises UnreadableFile, NotAVolume, UnknownOrientation or SeriesRefused, and GeometryError for unrelated channels.
+    is time, and refused. `modalities` ("CT", "MR", "PT" or None) says what the DICOM series of each path must be.
+    Raises UnreadableFile, NotAVolume, UnknownOrientation or SeriesRefused, GeometryError for unrelated channels,
+    InputError (`modality`) for a series of another modality, and UsageError for what is no path.
     """
     if isinstance(path, str | os.PathLike):
-        return _load_one(Path(path), assume_orientation, channels)
-    paths = [Path(one) for one in path]
-    if not paths:
-        raise UsageError("At least one image is needed, and the list of them is empty.")
-    volumes = [_load_one(one, assume_orientation) for one in paths]
+        return _load_one(Path(path), assume_orientation, channels, next(iter(modalities), None))
+    paths = _paths(path)
+    wanted = [*modalities, *[None] * len(paths)]
+    volumes = [_load_one(one, assume_orientation, 1, kind) for one, kind in zip(paths, wanted, strict=False)]
     grid = volumes[0].grid
     arrays = [
         volume.array if volume.grid.matches(grid) else _onto(grid, volume, paths[0], its_path)
@@ -102,7 +108,19 @@ def _format(path: Path) -> Literal["dicom", "itk", "nifti"]:
     )
 
 
-def _load_one(path: Path, assume_orientation: str | None, channels: int = 1) -> Volume:
+def _paths(paths: Any) -> list[Path]:
+    """Return the paths of a list of them. Raises UsageError for anything else."""
+    if not isinstance(paths, Sequence) or not all(isinstance(one, str | os.PathLike) for one in paths):
+        raise UsageError(
+            f"A path or a list of paths is expected, and {type(paths).__name__} came. Voxels in memory become a volume "
+            "by medseg.Volume(array, medseg.Grid(shape, affine)): array (channels, I, J, K), affine to RAS+ mm."
+        )
+    if not paths:
+        raise UsageError("At least one image is needed, and the list of them is empty.")
+    return [Path(one) for one in paths]
+
+
+def _load_one(path: Path, assume_orientation: str | None, channels: int = 1, modality: str | None = None) -> Volume:
     kind = _format(path)
     if kind == "nifti":
         return nifti.read(path, assume_orientation=assume_orientation, channels=channels)
@@ -110,7 +128,13 @@ def _load_one(path: Path, assume_orientation: str | None, channels: int = 1) -> 
         return itk.read(path, assume_orientation=assume_orientation)
     from medseg.io import dicom_series
 
-    return dicom_series.read(path)
+    try:
+        return dicom_series.read(path, modality=modality)
+    except UnreadableFile as error:
+        if error.reason != "no_dicom" or not any(one.name.lower().endswith(VOLUME_ENDINGS) for one in path.iterdir()):
+            raise
+        text = "The folder holds volumes and no DICOM series: give the path of one volume."
+        raise UnreadableFile(text, path=path, reason="no_dicom") from error
 
 
 def _onto(grid: Grid, volume: Volume, first: Path, path: Path) -> Array:
@@ -137,6 +161,15 @@ def _frame_of_reference(path: Path) -> str | None:
     from medseg.io import dicom_series
 
     return dicom_series.frame_of_reference(path) or None
+
+
+def read_grid(path: AnyPath) -> Grid:
+    """Return where the voxels of a NIfTI, NRRD or MetaImage file lie, from its header. Raises what `load` raises."""
+    path = Path(path)
+    kind = _format(path)
+    if kind == "dicom":
+        raise UnreadableFile("A file is expected, and this is a folder.", path=path, reason="format")
+    return nifti.read_grid(path) if kind == "nifti" else itk.read_grid(path)
 
 
 def _check_source(grid: Grid, source: Path) -> None:

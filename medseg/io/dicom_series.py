@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import SeriesRefused, UnreadableFile, UsageError
+from medseg.errors import InputError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
 from medseg.io.dicom_lost import lost_slices, may_hold_slices
 from medseg.io.dicom_pixels import Native, read_pixels
@@ -24,6 +24,10 @@ from medseg.volume import Array, Grid, Volume
 
 NO_SCANS = frozenset({"localizer", "not_an_image", "color"})
 """What may lie beside the series to read. A scan that is refused for another reason might be the one that was meant."""
+
+
+MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "XA", "RF", "CR", "DX", "MG"})
+"""Modalities that say how an image was acquired (PS3.3 C.7.3.1.1.1); other words say nothing that could be wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,7 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     """
     groups: dict[tuple[str, Path | None], list[Slice]] = {}
     others = []
-    for path in _files(Path(folder)):
+    for path in files_below(Path(folder)):
         parts = read_headers(path)
         if not parts:
             others.append(path)
@@ -125,16 +129,28 @@ def choose(
     return readable[0]
 
 
-def read(folder: str | os.PathLike[str], *, series_uid: str | None = None) -> Volume:
+def read(folder: str | os.PathLike[str], *, series_uid: str | None = None, modality: str | None = None) -> Volume:
     """Return the one scan at or below `folder`, or the series named, as a Volume with one channel.
 
     i counts the columns of the image, j its rows, k the slices along their normal. Values are rescaled slice by slice:
     int16 or int32 where slopes and intercepts are whole numbers, else float32. Localizers, color pictures, segmentation
     objects and the like do not count. Raises SeriesRefused where the scan cannot be read right or there are several,
-    UnreadableFile where files are missing or damaged, UsageError for an unknown `series_uid`.
+    UnreadableFile where files are missing or damaged, UsageError for an unknown `series_uid`, InputError (`modality`)
+    where the series states another modality than `modality`.
     """
     series, grid = choose(folder, series_uid)
+    require_modality(series.modality, modality)
     return Volume(_voxels(series.slices), grid)
+
+
+def require_modality(stated: str, wanted: str | None) -> None:
+    """Raise InputError (`modality`) where DICOM states one modality and another is wanted; None wants any."""
+    if wanted is not None and stated in MODALITIES and stated != wanted:
+        raise InputError(
+            f"The series is {stated} and the model was made for {wanted}: its labels would mean nothing. Give it a "
+            f"series of {wanted}, or insist (--anyway, anyway=True).",
+            reason="modality",
+        )
 
 
 def read_series(series: Series) -> Volume:
@@ -158,7 +174,8 @@ def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None
     return choose(folder, series_uid)[0].frame_of_reference_uid
 
 
-def _files(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
+    """Return the files at or below a path that may be DICOM, sorted. Raises UnreadableFile."""
     with reading(path):
         if path.is_file():
             return [path]

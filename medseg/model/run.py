@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -11,8 +11,12 @@ from typing import Any
 
 from medseg.errors import InputError, MedsegError, OutputError, UsageError, unexpected
 from medseg.io import VOLUME_ENDINGS, check_output, load, save
-from medseg.io.files import leads_nowhere, reading
+from medseg.io.files import check_place, leads_nowhere, reading
+from medseg.io.folders import has_table, holds_slices, label_maps
+from medseg.io.label_table import write_table
 from medseg.io.scans import Scan, scans_of, split_ending
+from medseg.io.structures import beside, stem
+from medseg.model.intended import modalities_of
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Box, Model
 from medseg.model.soft import SoftMaps
@@ -36,6 +40,7 @@ class Options:
     The first fields are those of `Model.segment`, and `assume_orientation` is that of `load`. Beside labels NAME.nii.gz
     stand, where asked for, NAME_probability_VALUE.nii.gz of each label and NAME_uncertainty.nii.gz, both float32 as
     `SoftMaps` has them; `expected_volumes` adds to the measurements the volumes that the probabilities sum up to.
+    `anyway` takes a series of another modality than the model's, and a label map for a scan.
     """
 
     roi: Box | None = None
@@ -46,24 +51,32 @@ class Options:
     probabilities: bool = False
     uncertainty: bool = False
     expected_volumes: bool = False
+    anyway: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input: its measurements and report, or the error that stopped it."""
+    """What became of one input: its measurements and report, or the error that stopped it.
+
+    `warnings` say what of a result is unlike the training cases. `left_out` says why an input of a folder is no scan.
+    """
 
     source: Source
     target: Path
     measurements: tuple[Measurement, ...] = ()
     report: Report = field(default_factory=Report)
     error: MedsegError | None = None
+    warnings: tuple[str, ...] = ()
+    left_out: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON takes it."""
         return {
             "source": str(self.source) if isinstance(self.source, Path) else [str(path) for path in self.source],
-            "target": str(self.target),
+            "target": str(self.target) if self.left_out is None else None,
             "error": None if self.error is None else {"reason": self.error.reason, "text": str(self.error)},
+            "left_out": self.left_out,
+            "warnings": list(self.warnings),
             "labels": [row.to_dict() for row in self.measurements],
             **self.report.to_dict(),
         }
@@ -79,9 +92,11 @@ def segment_file(
 ) -> Outcome:
     """Return the measurements of one input and write its label map to `target`, on the grid of the (first) source.
 
-    `source` is a volume, a DICOM series folder, or a tuple of them, one for each channel.
-    Raises UsageError where an output would replace an input, and what reading, segmenting or writing raises; what can
-    be known of the outputs before the work is checked then.
+    `source` is a volume, a DICOM series folder, or a tuple of them, one for each channel. The names of labels are
+    written beside, to NAME.labels.json. A target that ends in .dcm becomes a DICOM SEG of the (first) series.
+    Raises InputError (`modality`, `label_map`) for a series of another modality than the model's, and for what is no
+    scan, unless the options say `anyway`, UsageError where an output would replace an input, and what reading,
+    segmenting or writing raises; what can be known of the outputs before the work is checked then.
     """
     job = _Job(model, options or Options(), source, Path(target))
     _check_outputs([job])
@@ -94,20 +109,21 @@ def segment_folder(
     """Yield the outcome of each scan of a folder, written to `target` under its name.
 
     Files NAME_0000, NAME_0001 ... are the channels of one scan called NAME (`scans_of`), other files a scan each.
+    Label maps among the files, as `label_maps` knows them, are left out, unless the options say `anyway`.
     NAME.hdr, .nhdr and .mhd become NAME.nii.gz, .nrrd and .mha. The next scan is read and the last one written while
     one is segmented. An error, such as a channel that is missing, stops only the scan it concerns. Raises UsageError
     where the two folders are one, two scans would give one output, or one would be replaced, and OutputError where the
     second folder cannot be made or written to.
     """
-    if source.resolve() == target.resolve():
-        raise UsageError("The labels would replace the images: give another folder for the output.", path=target)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder cannot be made: {error.strerror}.", path=target) from error
-    scans = scans_of(volume_files(source), len(model.plan.channels))
-    jobs = [_job_of(scan, model, options or Options(), target) for scan in scans]
+    _make_folder(source, target)
+    options = options or Options()
+    files = volume_files(source)
+    scans = scans_of(files, len(model.plan.channels))
+    no_scans = {} if options.anyway else _left_out(scans, label_maps(files))
+    jobs = [_job_of(scan, model, options, target) for scan in scans if scan.files[0] not in no_scans]
     _check_outputs(jobs)
+    for file, why in no_scans.items():
+        yield Outcome(file, target / file.name, left_out=why)
     last: tuple[_Job, Future[Outcome]] | None = None
     with ThreadPoolExecutor(2) as pool:
         ahead = pool.submit(jobs[0].read) if jobs else None
@@ -124,6 +140,30 @@ def segment_folder(
             last = job, written
         if last:
             yield _settled(*last)
+
+
+def _make_folder(source: Path, target: Path) -> None:
+    """Make the folder of the labels for a folder of volumes. Raises UsageError and OutputError."""
+    if source.resolve() == target.resolve():
+        raise UsageError("The labels would replace the images: give another folder for the output.", path=target)
+    if target.name.lower().endswith((*VOLUME_ENDINGS, ".dcm")):
+        raise UsageError(
+            "The input is a folder of volumes, so the output is a folder, too: give one, or the path of one volume.",
+            path=target,
+        )
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder cannot be made: {error.strerror}.", path=target) from error
+
+
+def is_folder_of_volumes(path: Path) -> bool:
+    """Return whether a path stands for volumes that are segmented one by one. Raises UnreadableFile.
+
+    A folder in which a scan in DICOM lies stands for that scan, whatever lies beside it.
+    """
+    with reading(path):
+        return path.is_dir() and bool(volume_files(path)) and not holds_slices(path)
 
 
 def volume_files(folder: Path) -> list[Path]:
@@ -150,6 +190,7 @@ class _Job:
     target: Path
     refusal: MedsegError | None = None
     report: Report = field(default_factory=Report)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def first(self) -> Path:
@@ -165,8 +206,26 @@ class _Job:
         if self.refusal:
             raise self.refusal
         with self.report.stage("read"):
-            channels = len(self.model.plan.channels)
-            return load(self.source, assume_orientation=self.options.assume_orientation, channels=channels)
+            options = self.options
+            if self.first.is_dir() and (beside_slices := len(volume_files(self.first))):
+                self.notes.append(
+                    f"The folder holds a DICOM series, which was segmented, and {beside_slices} volume file(s), which "
+                    "were not. To segment one of those, give its own path."
+                )
+            volume = load(
+                self.source,
+                assume_orientation=options.assume_orientation,
+                channels=len(self.model.plan.channels),
+                modalities=() if options.anyway else modalities_of(self.model.plan),
+            )
+            if not options.anyway and self.first.is_file() and has_table(self.first, volume.array[:1]):
+                raise InputError(
+                    "This is a label map and no scan: the label table beside it names all its values. Give the scan, "
+                    "or insist (--anyway).",
+                    path=self.first,
+                    reason="label_map",
+                )
+            return volume
 
     def segment(self, volume: Volume, progress: Progress | None) -> tuple[Volume, SoftMaps | None]:
         options, soft = self.options, None
@@ -204,8 +263,19 @@ class _Job:
             header = None if self.first.is_dir() else self.first
             for end, volume in self._maps(soft) if soft else ():
                 save(volume, _beside(self.target, end), source=header)
-            save(labels, self.target, source=self.first)
-        return Outcome(self.source, self.target, measurements, self.report)
+            self._write_labels(labels)
+        view = labels.grid if self.options.roi is None else labels.grid.cropped(*labels.grid.covering(self.options.roi))
+        odd = self.model.seen.oddities(view, measurements) if self.model.seen else ()
+        return Outcome(self.source, self.target, measurements, self.report, warnings=(*self.notes, *odd))
+
+    def _write_labels(self, labels: Volume) -> None:
+        if is_object(self.target):
+            from medseg.io.dicom_seg import save_dicom_seg
+
+            save_dicom_seg(labels, self.target, source=self.first, table=self.model.plan.labels)
+            return
+        write_table(self.model.plan.labels, beside(self.target))
+        save(labels, self.target, source=self.first)
 
     def _maps(self, soft: SoftMaps) -> Iterator[tuple[str, Volume]]:
         if soft.probabilities:
@@ -218,8 +288,13 @@ class _Job:
 def _check_outputs(jobs: Sequence[_Job]) -> None:
     taken: set[Path] = set()
     for job in jobs:
+        inputs = (job.source,) if isinstance(job.source, Path) else job.source
         for path in job.outputs():
-            check_output(path, (job.source,) if isinstance(job.source, Path) else job.source)
+            if is_object(path):
+                _check_series(job.first, path)
+                check_place(path, inputs)
+            else:
+                check_output(path, inputs)
             if path in taken:
                 raise UsageError("Two scans would give one output: rename one, or move it elsewhere.", path=path)
             taken.add(path)
@@ -233,6 +308,13 @@ def _job_of(scan: Scan, model: Model, options: Options, target: Path) -> _Job:
     return _Job(model, options, scan.files if len(scan.files) > 1 else scan.files[0], written, refusal)
 
 
+def _left_out(scans: Sequence[Scan], no_scans: Mapping[Path, str]) -> dict[Path, str]:
+    """Return which scans of one file are none, and why; a channel may hold what it likes."""
+    return {
+        scan.files[0]: no_scans[scan.files[0]] for scan in scans if len(scan.files) == 1 and scan.files[0] in no_scans
+    }
+
+
 def _incomplete(scan: Scan, plan: Plan) -> InputError:
     found = ", ".join(f"{number:04d}" for number in scan.numbers)
     needed = ", ".join(f"{number:04d} ({channel.name})" for number, channel in enumerate(plan.channels))
@@ -244,10 +326,26 @@ def _incomplete(scan: Scan, plan: Plan) -> InputError:
     )
 
 
+def is_object(path: Path) -> bool:
+    """Return whether labels of that name are a DICOM object."""
+    return path.name.lower().endswith(".dcm")
+
+
+def _check_series(source: Path, target: Path) -> None:
+    with reading(source):
+        if not source.is_dir():
+            raise UsageError(
+                "A DICOM SEG refers to the slices of a series: give the folder of one as the scan, or write .nii.gz.",
+                path=target,
+            )
+        if target.is_file() and holds_slices(target):
+            raise UsageError("The output would replace a slice of a scan: give it another name.", path=target)
+
+
 def _beside(path: Path, end: str) -> Path:
     """Return the path of a file that stands beside `path` and whose name goes on with `end`."""
-    ending = next((one for one in VOLUME_ENDINGS if path.name.lower().endswith(one)), "")
-    return path.with_name(f"{path.name[: len(path.name) - len(ending)]}_{end}{ending}")
+    ending = next((one for one in VOLUME_ENDINGS if path.name.lower().endswith(one)), ".nii.gz")
+    return path.with_name(f"{stem(path)}_{end}{ending}")
 
 
 def _settled(job: _Job, written: Future[Outcome]) -> Outcome:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from medseg.errors import InputError, ModelError, UsageError
+from medseg.io import AnyPath, load
+from medseg.model.intended import Seen, kept_seen, modalities_of
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
@@ -61,6 +63,7 @@ class Model:
         self.networks = [placed(network, device).eval() for network in networks]
         self.device = device
         self.previous: Model | None = None
+        self.seen: Seen | None = None
         self._start = partial(make_runtime, runtime=runtime, threads=threads, precision=precision)
 
     @cached_property
@@ -95,6 +98,7 @@ class Model:
             raise ModelError("The model has no weights: its folder needs at least one fold_N.safetensors.", path=where)
         networks = [load_network(plan, file) for file in files]
         model = cls(plan, networks, pick_device(device), runtime=runtime, threads=threads, precision=precision)
+        model.seen = kept_seen(where)
         if plan.previous:
             model.previous = cls.load(
                 where / "previous", device=device, folds=folds, runtime=runtime, threads=threads, precision=precision
@@ -103,8 +107,9 @@ class Model:
 
     def segment(  # noqa: PLR0913 - one option for each decision
         self,
-        volume: Volume,
+        volume: Volume | AnyPath | Sequence[AnyPath],
         *,
+        anyway: bool = False,
         roi: Box | None = None,
         step: float | None = None,
         mirror: bool = False,
@@ -115,21 +120,20 @@ class Model:
     ) -> Volume:
         """Return the label map of an image (C, I, J, K), on its grid, in the smallest unsigned type that holds it.
 
+        The image is a Volume, or what `load` takes: the path of a file or of a DICOM series, or one for each channel.
+        A series of another modality than the model's is refused, unless it is wanted `anyway`.
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
         `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
         the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
         result. `soft` and `report` are filled in. Warns where a channel has one value everywhere.
-        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, and ModelError
-        where the network's scores are no numbers.
+        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, ModelError where
+        the network's scores are no numbers, and for a path what `load` raises.
         """
         report = report or Report()
-        start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
-        part = seen = volume.cropped(start, stop)
-        if self.plan.crop_nonzero:
-            offset, size = nonzero_box(part)
-            part = part.cropped(offset, size)
-            start, stop = _sum(start, offset), _sum(start, size)
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        if not isinstance(volume, Volume):
+            wanted = () if anyway else modalities_of(self.plan)
+            volume = load(volume, channels=len(self.plan.channels), modalities=wanted)
+        seen, part, box = _looked_at(volume, roi, crop_nonzero=self.plan.crop_nonzero)
         _check_size(part, self.plan)
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
@@ -225,6 +229,17 @@ class Model:
     def _sent(self, tiles: Tensor) -> Tensor:
         """Return tiles on the device; from pinned memory the copy to a GPU overlaps with what it computes."""
         return (tiles.pin_memory() if self.device.type == "cuda" else tiles).to(self.device, non_blocking=True)
+
+
+def _looked_at(volume: Volume, roi: Box | None, *, crop_nonzero: bool) -> tuple[Volume, Volume, tuple[slice, ...]]:
+    """Return what is in the box, what of it the network sees, and where in the image that lies."""
+    start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
+    part = seen = volume.cropped(start, stop)
+    if crop_nonzero:
+        offset, size = nonzero_box(part)
+        part = part.cropped(offset, size)
+        start, stop = _sum(start, offset), _sum(start, size)
+    return seen, part, tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
 
 
 def _warn_of_constants(image: Volume, plan: Plan) -> None:

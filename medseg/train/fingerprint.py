@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from medseg.labels import Label, label_map
+from medseg.model.intended import Range, Seen
 from medseg.model.plan import Region
 from medseg.model.preprocess import nonzero_box
 from medseg.model.stored import Stored
@@ -32,12 +35,17 @@ class CaseFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     box: tuple[int, int, int]
     nonzero: float
     label_voxels: dict[int, int]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_name(cls, fields: Any) -> Any:
+        """Drop the names of cases, often those of patients, that older fingerprints hold: a fingerprint is shared."""
+        return {name: value for name, value in fields.items() if name != "name"} if isinstance(fields, dict) else fields
 
 
 class Intensities(BaseModel):
@@ -52,7 +60,10 @@ class Intensities(BaseModel):
 
 
 class Fingerprint(Stored):
-    """A dataset in numbers."""
+    """A dataset in numbers, without the names of its cases: `names_sha256` tells whether others are the same.
+
+    `seen` is what a model in use is compared with.
+    """
 
     what = "fingerprint"
 
@@ -61,8 +72,10 @@ class Fingerprint(Stored):
     channels: tuple[str, ...]
     labels: tuple[Label, ...]
     regions: tuple[Region, ...] = ()
+    names_sha256: str = ""
     cases: tuple[CaseFacts, ...]
     intensities: tuple[Intensities, ...]
+    seen: Seen | None = None
 
 
 def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Fingerprint:
@@ -73,30 +86,61 @@ def fingerprint(dataset: Dataset, *, progress: Progress | None = None) -> Finger
     but voxels to be ignored, the image or the labels of another case. What is odd but may be meant is a warning: cases
     without a labelled voxel, constant images, labels that no case has.
     """
-    facts: list[CaseFacts] = []
+    facts: dict[str, CaseFacts] = {}
     samples: list[NDArray[np.float32]] = []
     found: list[tuple[Case, Findings]] = []
     looks = side_by_side(lambda case: _look(case, dataset), dataset.cases, progress)
     for case, (findings, fact, sample) in looks:
         found.append((case, findings))
         if fact is not None and sample is not None:
-            facts.append(fact)
+            facts[case.name] = fact
             samples.append(sample)
     problems = [f"{case.name}: {problem}" for case, findings in found for problem in findings.problems]
     problems += check_together(found)
     if not problems and not any(part.size for part in samples):
         problems.append("no case has a labelled voxel")
     refuse(problems)
-    _warn(found, unseen([fact.label_voxels for fact in facts], dataset))
+    _warn(found, unseen([fact.label_voxels for fact in facts.values()], dataset))
     pooled = np.concatenate(samples, axis=1)
     return Fingerprint(
         name=dataset.name,
         channels=dataset.channels,
         labels=dataset.labels,
         regions=dataset.meaning.regions,
-        cases=tuple(facts),
+        names_sha256=names_digest(dataset),
+        cases=tuple(facts.values()),
         intensities=tuple(_intensities(channel) for channel in pooled),
+        seen=what_was_seen(dataset, [facts[case.name] for case in dataset.cases]),
     )
+
+
+def names_digest(dataset: Dataset) -> str:
+    """Return a SHA-256 of the names of all cases together: it tells whether they are the same, and not which."""
+    return hashlib.sha256("\n".join(case.name for case in dataset.cases).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def what_was_seen(dataset: Dataset, facts: Sequence[CaseFacts]) -> Seen:
+    """Return fields of view and volumes, from the smallest to the largest; a label counts where it was drawn."""
+    views = np.array([np.multiply(fact.shape, fact.spacing_mm) for fact in facts])
+    volumes = {}
+    for label in dataset.labels:
+        drawn = [fact for case, fact in zip(dataset.cases, facts, strict=True) if label.value not in case.undrawn]
+        found = [
+            fact.label_voxels[label.value] * math.prod(fact.spacing_mm) / 1000
+            for fact in drawn
+            if fact.label_voxels.get(label.value)
+        ]
+        if found:
+            always = len(found) == len(drawn)
+            volumes[label.value] = Range(smallest=min(found), largest=max(found), always=always)
+    return Seen(
+        smallest_view_mm=_lengths(views.min(axis=0)), largest_view_mm=_lengths(views.max(axis=0)), volumes_ml=volumes
+    )
+
+
+def _lengths(lengths_mm: NDArray[np.float64]) -> tuple[float, float, float]:
+    a, b, c = np.round(lengths_mm, 3).tolist()
+    return a, b, c
 
 
 def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDArray[np.float32] | None]:
@@ -110,7 +154,6 @@ def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDA
     inside = image.cropped(*nonzero_box(image))
     voxels = {int(number): int(count) for number, count in zip(numbers, counts, strict=True)}
     facts = CaseFacts(
-        name=case.name,
         shape=canonical.shape,
         spacing_mm=canonical.spacing_mm,
         box=inside.grid.reoriented("RAS").shape,

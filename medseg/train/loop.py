@@ -21,7 +21,7 @@ from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
 from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
 from medseg.train.file_hashes import FileHashes
-from medseg.train.fingerprint import Fingerprint, fingerprint
+from medseg.train.fingerprint import Fingerprint, fingerprint, names_digest
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
 from medseg.train.optimize import new_state, optimize
 from medseg.train.parallel import side_by_side
@@ -140,7 +140,7 @@ def _kept_settings(where: Path) -> TrainSettings:
 def _is_checked(cases: Dataset, root: Path, checked: Path) -> bool:
     if not checked.is_file() or any(missing_files(case) for case in cases):
         return False
-    if [facts.name for facts in Fingerprint.load(checked).cases] != [case.name for case in cases]:
+    if Fingerprint.load(checked).names_sha256 != names_digest(cases):
         return False
     files = [file for case in cases for _, file in case.files]
     return is_newer(checked, sources=(root / "dataset.json", root / "cases.json", *files))
