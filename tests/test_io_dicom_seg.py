@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from dicom_files import (
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pydicom.encaps import encapsulate
 from pydicom.sr.codedict import codes
+from pydicom.uid import MPEG2MPML, RLELossless
 
 import medseg
-from medseg.errors import GeometryError, InputError, OutputError, SeriesRefused, UsageError
+from medseg.errors import GeometryError, InputError, OutputError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_references import code_of
-from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg, write
+from medseg.io.dicom_seg import load_dicom_seg, read_parts, save_dicom_seg, write
 from medseg.io.dicom_series import choose, find_series
 from medseg.io.regions import Regions, regions_of, slice_numbers, volume_of
+from medseg.io.structures import describe_structures
 from medseg.labels import Label, make_labels
 from medseg.volume import Grid, Volume
 
@@ -349,8 +354,24 @@ def changed(path: Path, **fields: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("names_slices", ["ReferencedSeriesSequence", "DerivationImageSequence"])
+def test_a_frame_of_reference_that_differs_is_accepted_for_the_very_slices(source: Path, names_slices: str) -> None:
+    labels, path = written(source)
+    data = pydicom.dcmread(path)
+    if names_slices == "DerivationImageSequence":
+        del data.ReferencedSeriesSequence
+    data.FrameOfReferenceUID = "1.2.3"
+    data.save_as(path)
+    with pytest.warns(UserWarning, match="another frame of reference .* refers to the very slices"):
+        back, _ = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, renumbered(labels))
+
+
 def test_a_frame_of_reference_that_differs_is_refused(source: Path) -> None:
     path = changed(written(source)[1], FrameOfReferenceUID="1.2.3")
+    data = pydicom.dcmread(path)
+    data.ReferencedSeriesSequence[0].ReferencedInstanceSequence[2].ReferencedSOPInstanceUID = "1.2.3.4"
+    data.save_as(path)
     with pytest.raises(GeometryError, match="another frame of reference") as caught:
         load_dicom_seg(path, source=source)
     assert (caught.value.reason, caught.value.path) == ("frame_of_reference", path)
@@ -413,6 +434,202 @@ def test_fractions_count_from_the_threshold(source: Path) -> None:
     for threshold in (0.2, 0.5, 1.0):
         back, _ = load_dicom_seg(source.parent / "seg.dcm", source=source, threshold=threshold)
         np.testing.assert_array_equal(back.array[0], stored >= threshold * 255)
+
+
+def renumber(data: Any, described: dict[int, int], shown: dict[int, int]) -> None:
+    """Change the numbers of the segments of a BINARY SEG, of those that are described and of those in frames."""
+    for one in data.SegmentSequence:
+        one.SegmentNumber = described.get(one.SegmentNumber, one.SegmentNumber)
+    for frame in data.PerFrameFunctionalGroupsSequence:
+        segment = frame.SegmentIdentificationSequence[0]
+        segment.ReferencedSegmentNumber = shown.get(segment.ReferencedSegmentNumber, segment.ReferencedSegmentNumber)
+
+
+FROM_ZERO = {1: 0, 2: 1, 3: 2}
+
+
+def test_segments_that_are_numbered_from_zero_are_all_there(source: Path) -> None:
+    labels, path = written(source)
+    data = pydicom.dcmread(path)
+    renumber(data, FROM_ZERO, FROM_ZERO)
+    data.save_as(path)
+    with pytest.warns(UserWarning, match="numbered from 1 in the order of the segments"):
+        back, table = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, renumbered(labels))
+    assert [label.name for label in table] == [label.name for label in TABLE[:3]]
+    described = describe_structures(path)
+    assert described is not None
+    assert described.names == tuple(label.name for label in TABLE[:3])
+
+
+def test_a_label_map_whose_padding_is_the_background_may_have_a_segment_zero(source: Path) -> None:
+    """Values 0, 1 and 2 are structures, and 5 is what is none."""
+    labels, path = written(source, values=(1, 2, 5), labelmap=True)
+    data = pydicom.dcmread(path)
+    data.decompress()
+    data.PixelData = np.array([5, 0, 1, 0, 0, 2], np.uint8)[np.frombuffer(data.PixelData, np.uint8)].tobytes()
+    data.PixelPaddingValue = 5
+    data.SegmentSequence = [one for one in data.SegmentSequence if one.SegmentNumber > 0]
+    for number, one in enumerate(data.SegmentSequence):
+        one.SegmentNumber = number
+    data.save_as(path)
+    with pytest.warns(UserWarning, match="numbered from 1 in the order of the segments"):
+        back, _ = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, renumbered(labels))
+    data.PixelPaddingValue = 0
+    data.save_as(path)
+    with pytest.warns(UserWarning, match="with the number of the background are left out: 1.*nobody|nobody.*: 1"):
+        back, table = load_dicom_seg(path, source=source)
+    assert [label.name for label in table] == [label.name for label in TABLE[1:3]]
+
+
+@pytest.mark.parametrize(
+    ("described", "shown", "told"),
+    [
+        ({}, {3: 9}, "Frames of segments that nobody describes are left out: 4.*cover no voxel: label 3"),
+        ({3: 9}, {}, "nobody describes are left out: 4.*cover no voxel: label 9"),
+        ({2: 4}, {2: 4, 3: 5}, "nobody describes are left out: 4.*cover no voxel: label 3"),
+    ],
+)
+def test_frames_and_segments_without_one_another_are_said(
+    source: Path, described: dict[int, int], shown: dict[int, int], told: str
+) -> None:
+    _, path = written(source)
+    data = pydicom.dcmread(path)
+    renumber(data, described, shown)
+    data.save_as(path)
+    with pytest.warns(UserWarning, match=told):
+        load_dicom_seg(path, source=source)
+
+
+def test_values_of_a_label_map_that_nobody_describes_are_said(source: Path) -> None:
+    _, path = written(source, labelmap=True)
+    data = pydicom.dcmread(path)
+    data.SegmentSequence = [one for one in data.SegmentSequence if one.SegmentNumber != 2]
+    data.save_as(path)
+    with pytest.warns(UserWarning, match="Frames of segments that nobody describes are left out: 4"):
+        _, table = load_dicom_seg(path, source=source)
+    assert [label.value for label in table] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("described", "shown"), [({2: 1}, {}), ({2: None}, {}), ({}, {2: None})], ids=["twice", "missing", "in a frame"]
+)
+def test_segments_that_cannot_be_told_apart_are_refused(
+    source: Path, described: dict[int, Any], shown: dict[int, Any]
+) -> None:
+    _, path = written(source)
+    data = pydicom.dcmread(path)
+    renumber(data, described, shown)
+    data.save_as(path)
+    with pytest.raises(InputError, match=r"so it is unknown whose the frames are|which segment it shows") as caught:
+        load_dicom_seg(path, source=source)
+    assert caught.value.reason == "segment_numbers"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("", "SegmentationType"),
+        ("SURFACE", "SegmentationType"),
+        ("FRACTIONAL", "MaximumFractionalValue"),
+        ("BINARY", "PerFrameFunctionalGroupsSequence"),
+    ],
+)
+def test_what_a_seg_lacks_is_named(source: Path, kind: str, name: str) -> None:
+    _, path = written(source)
+    data = pydicom.dcmread(path)
+    data.SegmentationType = kind
+    if kind == "BINARY":
+        del data.PerFrameFunctionalGroupsSequence
+    data.save_as(path)
+    with pytest.raises(InputError, match=f"does not state its {name}"):
+        load_dicom_seg(path, source=source)
+
+
+def test_segments_that_nobody_wants_may_lie_outside(tmp_path: Path) -> None:
+    labels, path = written(write_source(tmp_path / "ct"))
+    other = write_source(tmp_path / "other", slices=range(4))
+    data = pydicom.dcmread(path)
+    for frame in data.PerFrameFunctionalGroupsSequence:
+        if float(frame.PlanePositionSequence[0].ImagePositionPatient[2]) > 15:  # the last slice
+            frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber = 3
+    data.save_as(path)
+    parts, _ = read_parts(path, other, wanted=lambda name: name != "liver")
+    assert [len(places) for _, places in parts] == [(labels.array[..., :4] == value).sum() for value in (1, 2)]
+    with pytest.raises(GeometryError, match="lies outside"):
+        load_dicom_seg(path, source=other)
+
+
+def test_odd_colors_and_codes_cost_no_segment(source: Path) -> None:
+    labels, path = written(source)
+    data = pydicom.dcmread(path)
+    first, second, _ = data.SegmentSequence
+    first.RecommendedDisplayCIELabValue = [1, 2]
+    second.SegmentedPropertyTypeCodeSequence.append(second.SegmentedPropertyTypeCodeSequence[0])
+    data.save_as(path)
+    back, table = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, renumbered(labels))
+    assert (table[0].color, table[1].snomed) == ("#e6194b", TABLE[1].snomed)
+
+
+def run_lengths(data: bytes) -> bytes:
+    """Return one frame in RLE, of literal runs alone (PS3.5 G.3)."""
+    runs = b"".join(bytes([len(part) - 1]) + part for part in (data[n : n + 128] for n in range(0, len(data), 128)))
+    return struct.pack("<16I", 1, 64, *[0] * 14) + runs + b"\x80" * (len(runs) % 2)
+
+
+def compressed(path: Path, encode: Callable[[np.ndarray], bytes], syntax: str = RLELossless) -> None:
+    data = pydicom.dcmread(path)
+    frames = data.pixel_array
+    data.PixelData = encapsulate([encode(frame) for frame in frames])
+    data["PixelData"].VR = "OB"
+    data.file_meta.TransferSyntaxUID = syntax
+    data.save_as(path)
+
+
+@pytest.mark.parametrize("share_bytes", [True, False])
+def test_run_lengths_of_single_bits_are_decoded(source: Path, share_bytes: bool) -> None:
+    """Eight pixels in a byte, or a byte for each pixel: both are written, and 11 x 13 pixels are no whole bytes."""
+    labels, path = written(source)
+
+    def encode(frame: np.ndarray) -> bytes:
+        return run_lengths(
+            np.packbits(frame, axis=None, bitorder="little").tobytes() if share_bytes else frame.tobytes()
+        )
+
+    compressed(path, encode)
+    back, _ = load_dicom_seg(path, source=source)
+    np.testing.assert_array_equal(back.array, renumbered(labels))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "reason", "told"),
+    [
+        (MPEG2MPML, "compressed_no_codec", r"MPEG2 .* no installed package decodes that. Install the decoders"),
+        (RLELossless, "undecodable", "No installed decoder can decode the frames of the SEG"),
+    ],
+)
+def test_frames_that_nothing_decodes_are_not_called_damaged(source: Path, syntax: str, reason: str, told: str) -> None:
+    _, path = written(source)
+    compressed(path, lambda _: run_lengths(b"short"), syntax)
+    with pytest.raises(InputError, match=told) as caught:
+        load_dicom_seg(path, source=source)
+    assert caught.value.reason == reason
+
+
+def test_a_file_that_is_not_dicom_is_said_to_be_none(source: Path) -> None:
+    (source.parent / "seg.dcm").write_bytes(b"hello" * 100)
+    with pytest.raises(UnreadableFile, match="not DICOM"):
+        load_dicom_seg(source.parent / "seg.dcm", source=source)
+
+
+def test_more_labels_than_segments_can_be_are_named(source: Path) -> None:
+    series, grid = choose(source)
+    table = tuple(Label(value=value, name="a", color="#000000") for value in range(1, 65537))
+    with pytest.raises(InputError, match="up to 65535 segments, and there are 65536") as caught:
+        write(Regions(table, np.zeros((grid.shape[2], 1, 1))), series.slices, source.parent / "seg.dcm")
+    assert caught.value.reason == "label_values"
 
 
 @given(arrays(np.uint8, (3, 2, 4, 2), elements=st.integers(0, 1)))

@@ -14,7 +14,8 @@ import pytest
 from dicom_files import SOURCES, STUDY, TABLE, errors_of_dciodvfy, judge, some_labels, write_series, write_source
 
 import medseg
-from medseg.errors import GeometryError, InputError, OutputError
+from medseg.errors import GeometryError, InputError, OutputError, UnreadableFile
+from medseg.io.dicom_references import item
 from medseg.io.dicom_series import choose, find_series
 from medseg.io.regions import regions_of
 from medseg.io.rtstruct import load_rtstruct, read_parts, save_rtstruct, write
@@ -273,7 +274,37 @@ def moved_away(data: Any) -> None:
 
 
 def another_frame(data: Any) -> None:
+    """As of contours on slices of another series."""
+    own_frame(data)
+    for place, contour in enumerate(contours_of(data)):
+        contour.ContourImageSequence[0].ReferencedSOPInstanceUID = f"1.2.3.{place}"
+
+
+def own_frame(data: Any) -> None:
+    """As some programs write: a frame of reference of their own making."""
+    data.FrameOfReferenceUID = data.ReferencedFrameOfReferenceSequence[0].FrameOfReferenceUID = "1.2.3"
     data.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.3"
+
+
+def own_frame_and_other_places(data: Any) -> None:
+    """As of contours that were taken over to another scan, and still name the slices of the first."""
+    own_frame(data)
+    for contour in contours_of(data):
+        shifted(contour, (0, 0, 2.5))
+
+
+def own_frame_unnamed(data: Any) -> None:
+    """Neither the contours nor what the object lists say on which slices they were drawn."""
+    own_frame(data)
+    for contour in contours_of(data):
+        del contour.ContourImageSequence
+    data.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence = []
+
+
+def frame_of_the_object(data: Any) -> None:
+    """The structure names no frame of reference, the object another one."""
+    another_frame(data)
+    data.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = ""
 
 
 @pytest.mark.parametrize(
@@ -281,6 +312,9 @@ def another_frame(data: Any) -> None:
     [
         (moved_away, "outside_source", "All contours lie outside"),
         (another_frame, "frame_of_reference", "another frame of reference"),
+        (own_frame_and_other_places, "frame_of_reference", "not everything in it lies on a slice"),
+        (own_frame_unnamed, "frame_of_reference", "another frame of reference"),
+        (frame_of_the_object, "frame_of_reference", "another frame of reference"),
     ],
 )
 def test_structures_of_another_series_are_refused(
@@ -314,8 +348,241 @@ def test_a_structure_that_was_not_drawn_is_empty(source: Path) -> None:
     def edit(data: Any) -> None:
         del data.ROIContourSequence[0].ContourSequence
 
-    labels, table = load_rtstruct(edited(source, edit), source=source)
+    with pytest.warns(UserWarning, match="Structures without contours: label 1"):
+        labels, table = load_rtstruct(edited(source, edit), source=source)
     assert (labels.array.sum(), len(table)) == (0, 1)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_frame_of_reference_of_its_own_is_accepted_for_the_very_slices(source: Path, images: bool) -> None:
+    def edit(data: Any) -> None:
+        own_frame(data)
+        for contour in contours_of(data) if not images else ():
+            del contour.ContourImageSequence
+
+    with pytest.warns(UserWarning, match="another frame of reference .* refers to the very slices"):
+        labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert labels.array.sum() == 45
+
+
+def ring(low: float, high: float) -> Callable[[Any], None]:
+    """Let a hole be drawn in the box of each slice, the outline at `low` and the hole at `high` steps above the slice.
+
+    The box grows to 9 x 9 voxels, of which the hole takes 3 x 3.
+    """
+
+    def edit(data: Any) -> None:
+        with_a_hole("CLOSED_PLANAR")(data)
+        contours = contours_of(data)
+        for place, contour in enumerate(contours):
+            points = np.array(contour.ContourData, float).reshape(-1, 3)
+            points = points.mean(axis=0) + (points - points.mean(axis=0)) * 3
+            contour.ContourData = [
+                *(points + np.array([0, 0, 2.5 * (low if place < len(contours) / 2 else high)])).ravel()
+            ]
+
+    return edit
+
+
+@pytest.mark.parametrize("ends", [(0, 0), (0.0036, 0.0044), (0.049, -0.051), (0, 0.05), (-0.09, 0.09), (0.1, -0.1)])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_hole_is_one_though_it_lies_beside_its_outline(source: Path, ends: tuple[float, float], named: bool) -> None:
+    def edit(data: Any) -> None:
+        ring(*ends)(data)
+        for contour in () if named else contours_of(data):
+            del contour.ContourImageSequence
+
+    labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert [*labels.array[0].sum(axis=(0, 1))] == [81 - 9] * 5
+
+
+@pytest.mark.parametrize("ends", [(0.494, 0.506), (0.501, 0.499), (0.3, 0.36)])
+def test_a_hole_between_slices_goes_where_its_outline_goes(source: Path, ends: tuple[float, float]) -> None:
+    with pytest.warns(UserWarning, match="lie between slices"):
+        labels, _ = load_rtstruct(edited(source, ring(*ends)), source=source)
+    counts = [int(count) for count in labels.array[0].sum(axis=(0, 1))]
+    assert counts == ([0, 72, 72, 72, 72] if ends[0] > 0.4 else [72] * 5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("step", [0.05, 0.2, 0.25])
+def test_the_slices_of_a_finer_series_add_up(source: Path, step: float, named: bool) -> None:
+    """Contours of a cone, on slices that are finer than those of the source: the widest decides, none is a hole."""
+
+    def edit(data: Any) -> None:
+        contour, *_ = contours_of(data)
+        points = np.array(contour.ContourData, float).reshape(-1, 3)
+        cone = []
+        for place in range(round(4 / step) + 1):
+            part = deepcopy(contour)
+            inner = points.mean(axis=0) + (points - points.mean(axis=0)) * (1 - 0.05 * place * step)
+            part.ContourData = [*(inner + np.array([0, 0, 2.5 * place * step])).ravel()]
+            part.ContourImageSequence[0].ReferencedSOPInstanceUID = f"1.2.{place}"
+            if not named:
+                del part.ContourImageSequence
+            cone.append(part)
+        data.ROIContourSequence[0].ContourSequence = cone
+
+    with pytest.warns(UserWarning, match="lie between slices"):
+        labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert [int(count) for count in labels.array[0].sum(axis=(0, 1))] == [9] * 5
+
+
+def test_oblique_rings_keep_their_holes_whatever_rounding_does(tmp_path: Path) -> None:
+    """Contours 0.01 mm beside the slices of an oblique series, with two decimals: by area, 90 % to 110 % of a ring."""
+    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)[:, None]
+    source = write_source(tmp_path / "ct", "oblique", shape=(30, 30), PixelSpacing=[1, 1], slices=range(12))
+    series, grid = choose(source)
+    labels = np.zeros((1, *grid.shape), np.uint8)
+    labels[0, 0, 0] = 1
+    path = written(source, Volume(labels, grid))[1]
+    data = pydicom.dcmread(path)
+    contours = []
+    for part in series.slices:
+        first = pydicom.dcmread(part.path)
+        along_row, along_column = np.array(first.ImageOrientationPatient, float).reshape(2, 3)
+        start = np.array(first.ImagePositionPatient, float) + 0.01 * np.cross(along_row, along_column)
+        for radius in (12.3, 6.3):
+            points = start + (15 + radius * np.cos(turn)) * along_row + (15 + radius * np.sin(turn)) * along_column
+            contours.append(
+                item(ContourGeometricType="CLOSED_PLANAR", ContourData=[*np.round(points, 2).ravel().tolist()])
+            )
+    data.ROIContourSequence[0].ContourSequence = contours
+    data.save_as(path)
+    counts = load_rtstruct(path, source=source)[0].array[0].sum(axis=(0, 1))
+    area = np.pi * (12.3**2 - 6.3**2)
+    assert ((counts > 0.9 * area) & (counts < 1.1 * area)).all(), counts
+
+
+def copied(points: np.ndarray, how: str) -> np.ndarray:
+    """Return the points of a contour as another program may write the same line."""
+    return {
+        "reversed": points[::-1],
+        "from another point": np.roll(points, 1, axis=0),
+        "closed": np.concatenate([points, points[:1]]),
+        "with a point between": np.insert(points, 1, (points[0] + points[1]) / 2, axis=0),
+        "rounded": np.round(points + 0.004, 2),
+        "all of it": np.round(np.roll(np.concatenate([points, points[:1]])[::-1], 2, axis=0), 2),
+        "a little beside": points + np.array([0, 0, 0.02]),
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["reversed", "from another point", "closed", "with a point between", "rounded", "all of it", "a little beside"],
+)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_copies_of_a_contour_count_once(source: Path, how: str, copies: int) -> None:
+    def edit(data: Any) -> None:
+        for contour in [*contours_of(data)] * copies:
+            copy = deepcopy(contour)
+            points = copied(np.array(contour.ContourData, float).reshape(-1, 3), how)
+            copy.ContourData, copy.NumberOfContourPoints = [*points.ravel()], len(points)
+            contours_of(data).insert(0, copy)
+
+    labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert labels.array.sum() == 45
+
+
+def text_of(contour: Any, text: str) -> None:
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    text += " " * (len(text) % 2)
+    contour[Tag("ContourData")] = RawDataElement(Tag("ContourData"), "DS", len(text), text.encode(), 0, True, True)
+
+
+@pytest.mark.parametrize("text", ["1\\2\\3\\4", "a\\b\\c", "nan\\0\\0", "inf\\0\\0", "1,5\\2\\3", "", "1e300\\0\\0"])
+def test_a_contour_that_cannot_be_read_costs_no_other(source: Path, text: str) -> None:
+    labels, path = written(source)
+    data = pydicom.dcmread(path)
+    text_of(data.ROIContourSequence[1].ContourSequence[0], text)
+    data.save_as(path)
+    with pytest.warns(UserWarning, match=r"1 have coordinates that are missing .* are left out \(label 2\)"):
+        back, _ = load_rtstruct(path, source=source)
+    for value in (1, 5):
+        np.testing.assert_array_equal(back.array == value, labels.array == value)
+    assert 0 < (back.array == 2).sum() < (labels.array == 2).sum()
+
+
+def unlisted(data: Any) -> None:
+    extra = deepcopy(data.ROIContourSequence[0])
+    extra.ReferencedROINumber = 9
+    data.ROIContourSequence.append(extra)
+    data.ROIContourSequence.append(deepcopy(extra))
+    del data.ROIContourSequence[-1].ReferencedROINumber
+
+
+def repeated(data: Any) -> None:
+    other = deepcopy(data.StructureSetROISequence[0])
+    other.ROIName = "another of this number"
+    data.StructureSetROISequence.append(other)
+
+
+def empty(data: Any) -> None:
+    """A contour between the centers of voxels."""
+    del contours_of(data)[1:]
+    contour = contours_of(data)[0]
+    points = np.array(contour.ContourData, float).reshape(-1, 3)
+    contour.ContourData = [*(points.mean(axis=0) + (0.6, 0.3, 0) + (points - points.mean(axis=0)) / 20).ravel()]
+
+
+def reaching(data: Any) -> None:
+    for contour in contours_of(data):
+        shifted(contour, (-1.25 * 5, 0, 0))
+
+
+def beside(data: Any) -> None:
+    shifted(contours_of(data)[0], (-99, 0, 0))
+
+
+def miscounted(data: Any) -> None:
+    contours_of(data)[0].NumberOfContourPoints = 7
+
+
+@pytest.mark.parametrize(
+    ("edit", "told", "voxels"),
+    [
+        (unlisted, "Contours of numbers that no structure has are left out: 10", 45),
+        (repeated, "Structures with the number of another.* labels 1, 2", 0),
+        (empty, "Structures whose contours cover no voxel: label 1", 0),
+        (reaching, r"5 reach beyond the edges of the slices and are cut there \(label 1\)", 30),
+        (beside, r"1 lie outside the source and are left out \(label 1\)", 36),
+        (miscounted, "1 have another number of points than they state", 45),
+    ],
+)
+def test_what_is_dropped_is_said(source: Path, edit: Callable[[Any], None], told: str, voxels: int) -> None:
+    with pytest.warns(UserWarning, match=told):
+        labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert labels.array.sum() == voxels
+
+
+@pytest.mark.parametrize("color", [[255, 0], [1, 2, 3, 4], None])
+def test_odd_colors_and_numbers_cost_no_structure(source: Path, color: list[int] | None) -> None:
+    def edit(data: Any) -> None:
+        data.ROIContourSequence[0].ROIDisplayColor = color
+        other = deepcopy(data.StructureSetROISequence[0])
+        del other.ROINumber
+        data.StructureSetROISequence.append(other)
+
+    with pytest.warns(UserWarning, match="Structures without contours: label 2"):
+        labels, table = load_rtstruct(edited(source, edit), source=source)
+    assert (labels.array == 1).sum() == 45
+    assert table[0].color == "#e6194b"
+
+
+def test_numbers_that_no_structure_can_have_are_named(source: Path) -> None:
+    grid = choose(source)[1]
+    labels = Volume(np.full((1, *grid.shape), 2**31, np.uint32), grid)
+    with pytest.raises(InputError, match="at most 2147483647, and the labels have 2147483648") as caught:
+        save_rtstruct(labels, source.parent / "rt.dcm", source=source)
+    assert caught.value.reason == "label_values"
+
+
+def test_a_file_that_is_not_dicom_is_said_to_be_none(source: Path) -> None:
+    (source.parent / "rt.dcm").write_bytes(b"hello" * 100)
+    with pytest.raises(UnreadableFile, match="not DICOM"):
+        load_rtstruct(source.parent / "rt.dcm", source=source)
 
 
 def test_dciodvfy_finds_no_error(tmp_path: Path) -> None:

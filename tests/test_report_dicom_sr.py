@@ -12,7 +12,7 @@ import pytest
 from dicom_files import STUDY, errors_of_dciodvfy, judge, some_labels, write_source
 
 import medseg
-from medseg.errors import InputError, OutputError
+from medseg.errors import InputError, OutputError, UnreadableFile
 from medseg.io.dicom_seg import save_dicom_seg
 from medseg.labels import Label, SnomedCode, make_labels
 from medseg.report.dicom_sr import save_dicom_sr
@@ -133,6 +133,15 @@ def test_the_seg_of_other_labels_is_refused(source: Path) -> None:
     with pytest.raises(InputError, match="does not have the labels that were measured") as caught:
         save_dicom_sr([*rows, *other], source.parent / "sr.dcm", source=source, segmentation=seg)
     assert caught.value.reason == "other_labels"
+
+
+def test_what_is_not_a_seg_is_refused(source: Path) -> None:
+    rows, _ = measured(source)
+    (source.parent / "no.dcm").write_bytes(b"hello" * 100)
+    with pytest.raises(UnreadableFile, match="not DICOM"):
+        save_dicom_sr(rows, source.parent / "sr.dcm", source=source, segmentation=source.parent / "no.dcm")
+    with pytest.raises(InputError, match="Expected a DICOM SEG"):
+        save_dicom_sr(rows, source.parent / "sr.dcm", source=source, segmentation=next(source.iterdir()))
 
 
 def test_a_source_without_identifiers_cannot_be_referred_to(tmp_path: Path) -> None:

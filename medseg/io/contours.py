@@ -21,6 +21,10 @@ SNAP_DECIMALS = 3
 """Decimals of an index that count when polygons are filled, so that rounding in a file decides on no voxel."""
 
 
+COPY_TOLERANCE = 0.05
+"""How far, in voxels, the lines of two copies of a polygon may lie from one another: no wall is as thin as this."""
+
+
 def trace(mask: Mask) -> list[Polygon]:
     """Return polygons (n, 2) that enclose the voxels of a mask (I, J): corner points only, not closed by a last point.
 
@@ -75,6 +79,35 @@ def fill(polygons: Sequence[Polygon], shape: tuple[int, int]) -> Mask:
     on_line = np.cumsum(_counts(begin, rows, shape) - _counts(behind, rows, shape), axis=0) > 0
     inside: Mask = (odd | on_line)[:-1]
     return inside
+
+
+def distinct(polygons: Sequence[Polygon]) -> list[Polygon]:
+    """Return polygons (n, 2) without copies, as some programs export them: two of one would leave nothing inside.
+
+    A copy runs along the same line to COPY_TOLERANCE, wherever it starts, in whichever direction, closed by a last
+    point or not, and with other points on the line or not.
+    """
+    boxes = np.array([[*polygon.min(axis=0), *polygon.max(axis=0)] for polygon in polygons])
+    kept: list[int] = []
+    for place, polygon in enumerate(polygons):
+        alike = np.abs(boxes[kept] - boxes[place]).max(axis=1, initial=0) <= COPY_TOLERANCE
+        others = [polygons[other] for other, same in zip(kept, alike, strict=True) if same]
+        if not any(_along(polygon, other) and _along(other, polygon) for other in others):
+            kept.append(place)
+    return [polygons[place] for place in kept]
+
+
+def _along(polygon: Polygon, other: Polygon) -> bool:
+    """Return whether all points of a polygon lie on the line of another, to COPY_TOLERANCE."""
+    edges = np.roll(other, -1, axis=0) - other
+    lengths = np.maximum((edges**2).sum(axis=1), 1e-12)
+    for first in range(0, len(polygon), 64):  # a few at a time, since there may be thousands of both
+        offsets = polygon[first : first + 64, None] - other
+        share = np.clip((offsets * edges).sum(axis=2) / lengths, 0, 1)
+        distances = np.linalg.norm(offsets - share[..., None] * edges, axis=2).min(axis=1)
+        if distances.max() > COPY_TOLERANCE:
+            return False
+    return True
 
 
 def _counts(column: Polygon, row: Polygon, shape: tuple[int, int]) -> NDArray[np.intp]:

@@ -88,7 +88,7 @@ def _decoded(path: Path, frames: Sequence[int]) -> Iterator[Array]:
 
     data = dcmread(BytesIO(path.read_bytes()), force=True)
     syntax = data.file_meta.TransferSyntaxUID
-    if not _has_decoder(syntax):
+    if not has_decoder(syntax):
         raise SeriesRefused(
             f"The pixels are compressed ({syntax.name}) and no installed package decodes that. Install {CODECS}.",
             path=path,
@@ -97,7 +97,8 @@ def _decoded(path: Path, frames: Sequence[int]) -> Iterator[Array]:
     yield from iter_pixels(data, raw=True, indices=[*frames])
 
 
-def _has_decoder(syntax: str) -> bool:
+def has_decoder(syntax: str) -> bool:
+    """Return whether an installed package decodes a transfer syntax."""
     from pydicom.pixels.decoders.base import get_decoder
 
     try:

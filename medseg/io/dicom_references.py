@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError, OutputError
+from medseg.errors import GeometryError, InputError, OutputError, UnreadableFile
 from medseg.io.dicom_geometry import LPS_TO_RAS
 from medseg.io.dicom_header import parsing, silence
 from medseg.io.dicom_series import Series, choose
@@ -38,6 +38,9 @@ PACKAGE = str(Path(__file__).parents[1])
 
 OWN_SCHEME = "99MEDSEG"
 """The coding scheme of labels without a SNOMED CT code; see `code_of`."""
+
+STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
+"""Detached Study Management (retired), by which RT objects still refer to their study."""
 
 UTF8 = "ISO_IR 192"
 NAME_LENGTH = 64
@@ -60,7 +63,7 @@ IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstance
 """Without these, nothing can refer to a file."""
 
 OTHER = (
-    *("SpecificCharacterSet", "Modality", "Rows", "Columns", "SliceThickness", "PositionReferenceIndicator"),
+    *("SpecificCharacterSet", "Modality", "Rows", "Columns", "SliceThickness"),
     *("NumberOfFrames", "PerFrameFunctionalGroupsSequence"),
 )
 
@@ -78,14 +81,20 @@ def located(source: Source) -> tuple[Series, Grid]:
     return source, grid
 
 
-def read_object(path: Path, modality: str, content: str) -> Dataset:
+def read_object(path: Path, modality: str, content: str, *, pixels: bool = True) -> Dataset:
     """Return the object in a file, a "SEG" or "RTSTRUCT" with the element `content`; call it within `parsing`.
 
-    Raises InputError (`not_seg`, `not_rtstruct`) for other objects.
+    Raises UnreadableFile for files that are not DICOM, InputError (`not_seg`, `not_rtstruct`) for other objects.
     """
     from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
 
-    data = dcmread(path)
+    try:
+        data = dcmread(path, stop_before_pixels=not pixels)
+    except InvalidDicomError as error:
+        raise UnreadableFile(
+            "Expected a DICOM object; this file is not DICOM. Pass the object, or export it again.", path=path
+        ) from error
     if data.get("Modality") != modality or content not in data:
         name = {"SEG": "a DICOM SEG", "RTSTRUCT": "an RT Structure Set"}[modality]
         raise InputError(f"Expected {name}; this is another object.", path=path, reason=f"not_{modality.lower()}")
@@ -149,15 +158,56 @@ def equipment() -> dict[str, str]:
     }
 
 
-def check_frame_of_reference(stated: str, series: Series, path: Path) -> None:
-    """Raise GeometryError where an object states another frame of reference than the series it is to be put onto."""
-    if stated and series.frame_of_reference_uid and stated != series.frame_of_reference_uid:
-        raise GeometryError(
-            "The file was made in another frame of reference than the source, so its positions mean something else "
-            "there. Pass the series that it was made for.",
-            path=path,
-            reason="frame_of_reference",
-        )
+def other_frame_of_reference(stated: str, series: Series, path: Path, images: Callable[[], set[str]]) -> bool:
+    """Return whether an object states another frame of reference than a series whose very slices it refers to.
+
+    Some programs write one of their own making. `images` gives the SOPInstanceUIDs that the object was drawn on.
+    Raises GeometryError where the frames differ and any of them is not a slice of the series, or none is named.
+    """
+    if not stated or not series.frame_of_reference_uid or stated == series.frame_of_reference_uid:
+        return False
+    named = images()
+    if named and named <= {part.sop_instance_uid for part in series.slices}:
+        return True
+    raise frame_of_reference_error(path)
+
+
+def frame_of_reference_error(path: Path) -> GeometryError:
+    """Return the error for an object whose positions mean something else in the source."""
+    return GeometryError(
+        "The file was made in another frame of reference than the source, and not everything in it lies on a slice of "
+        "the source that it names, so its positions mean something else there. Pass the series that it was made for.",
+        path=path,
+        reason="frame_of_reference",
+    )
+
+
+OTHER_FRAME = (
+    "The file states another frame of reference than the source, but refers to the very slices of the source, so it is "
+    "read as drawn on them."
+)
+"""What is told of such an object."""
+
+
+def instances(items: Iterable[Dataset]) -> set[str]:
+    """Return every ReferencedSOPInstanceUID of images in items, at any depth."""
+    found: set[str] = set()
+    for one in items:
+        for element in one:
+            if element.VR == "SQ" and element.value:
+                found |= instances(element.value)
+        if one.get("ReferencedSOPInstanceUID") and one.get("ReferencedSOPClassUID") != STUDY_CLASS:
+            found.add(str(one.ReferencedSOPInstanceUID))
+    return found
+
+
+def whole(data: Dataset, name: str) -> int | None:
+    """Return the whole number of an element; None where it is blank, absent or something else."""
+    try:
+        value = float(data.get(name))
+        return int(value) if value.is_integer() else None
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 @contextmanager
@@ -221,8 +271,10 @@ def _clean(data: Dataset, part: Slice, step_mm: float) -> Dataset:
 
     header = Dataset()
     header.SpecificCharacterSet = UTF8
-    for name in (*IDENTITY, "Modality", "PositionReferenceIndicator"):
+    for name in (*IDENTITY, "Modality"):
         setattr(header, name, str(data.get(name) or ""))
+    # Blank, as it may be (type 2): in scans it is free text.
+    header.PositionReferenceIndicator = ""
     for name, pattern in PATIENT_AND_STUDY.items():
         text = str(data.get(name) or "")
         setattr(header, name, text if re.fullmatch(pattern, text) else "")

@@ -7,46 +7,44 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError, UsageError
-from medseg.io.dicom_geometry import slice_plane
+from medseg.errors import InputError, UsageError
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
+    OTHER_FRAME,
     UTF8,
     Source,
-    check_frame_of_reference,
     code_of,
     equipment,
     headers,
+    instances,
     item,
     located,
     named,
+    other_frame_of_reference,
     read_object,
     referring,
     unreferable,
 )
 from medseg.io.dicom_slice import Slice
 from medseg.io.files import written_whole
-from medseg.io.regions import Heights, Part, Regions, Wanted, on_grid, regions_of, slice_numbers, volume_of
+from medseg.io.regions import Found, Part, Regions, Wanted, labels_met, on_grid, regions_of, volume_of
+from medseg.io.seg_frames import is_background, places_of, segments_of
 from medseg.labels import PALETTE, Label, SnomedCode
-from medseg.volume import Affine, Grid, Volume
+from medseg.volume import Volume
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
     from pydicom import Dataset
 
-FRAME_TOLERANCE = 0.1
-"""How far, in voxels, the corners of a frame may lie from voxels of the source."""
-
 LARGEST_VALUE = 65535
-"""Of a label map: its pixels and the numbers of segments have 16 bits (PS3.3 C.8.20.2)."""
+"""Of a label map, and of the number of a segment: both have 16 bits (PS3.3 C.8.20.2)."""
 
 SIDES: dict[Literal["left", "right"], tuple[str, str, str]] = {
     "left": ("7771000", "SCT", "Left"),
@@ -54,7 +52,12 @@ SIDES: dict[Literal["left", "right"], tuple[str, str, str]] = {
 }
 """Modifiers of a structure that lies on one side (CID 244)."""
 
-Places = dict[int, list[NDArray[np.intp]]]
+TOLD = {
+    "undescribed": "Frames of segments that nobody describes are left out: {}.",
+    "renumbered": "Labels are numbered from 1 in the order of the segments, since the number of one is not above 0.",
+    "background": "Segments with the number of the background are left out: {}.",
+}
+"""What has to be said of the segments of a SEG."""
 
 
 def save_dicom_seg(
@@ -107,6 +110,12 @@ def write(
             path=path,
             reason="label_values",
         )
+    if len(regions.labels) > LARGEST_VALUE:
+        raise InputError(
+            f"A SEG holds up to {LARGEST_VALUE} segments, and there are {len(regions.labels)} labels. Save NIfTI.",
+            path=path,
+            reason="label_values",
+        )
     sources = headers(slices)
     with referring(path, slices):
         if "NumberOfFrames" in sources[0]:
@@ -125,36 +134,75 @@ def load_dicom_seg(
 ) -> tuple[Volume, tuple[Label, ...]]:
     """Return the labels of a DICOM SEG on the grid of `source`, and their table.
 
-    A label map, or where segments overlap one mask for each label of the table. Values are the numbers of segments.
-    Frames may lie on some slices only, or on part of them, along any axes of the source. Of a FRACTIONAL segmentation,
-    voxels of at least `threshold` belong to a segment. Codes other than SNOMED CT are not kept.
-    Raises UnreadableFile or InputError (`not_seg`) for other files, GeometryError (`source_grid`, `outside_source`,
-    `frame_of_reference`) where the segmentation has other voxels than the source.
+    A label map, or where segments overlap one mask for each label of the table. Values are the numbers of segments, or
+    1, 2, 3 ... in their order where one is numbered 0. Frames may lie on some slices only, or on part of them, along
+    any axes of the source. Of a FRACTIONAL segmentation, voxels of at least `threshold` belong to a segment. Codes
+    other than SNOMED CT are not kept. A warning says which frames and segments are left out or empty.
+    Raises UnreadableFile or InputError (`not_seg`) for other files, InputError for segments that have one number
+    (`segment_numbers`) and frames that nothing decodes (`compressed_no_codec`, `undecodable`), GeometryError
+    (`source_grid`, `outside_source`, `frame_of_reference`) where the segmentation has other voxels than the source.
     """
     series, grid = located(source)
-    parts = read_parts(path, series, threshold=threshold)
+    parts, found = read_parts(path, series, threshold=threshold)
+    if found["frame"].total():
+        warnings.warn(OTHER_FRAME, stacklevel=2)
+    if told := told_of(found):
+        warnings.warn(told, stacklevel=2)
     return volume_of(parts, grid, series.heights), tuple(label for label, _ in parts)
 
 
 def read_parts(
     path: str | os.PathLike[str], source: Source, *, threshold: float = 0.5, wanted: Wanted = lambda _: True
-) -> list[Part]:
+) -> tuple[list[Part], Found]:
     """Return the segments whose names are `wanted`, each with the flat indices into (slices, rows, columns).
 
+    Beside them how often what TOLD lists was met, another frame of reference ("frame") and no voxel ("empty").
     Raises what `load_dicom_seg` raises.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"The threshold is a share of a voxel, above 0 and up to 1; here it is {threshold}.")
-    path = Path(path)
+    path, found = Path(path), Found(Counter)
     series, grid = located(source)
     with parsing(path):
         data = read_object(path, "SEG", "SegmentSequence")
-        check_frame_of_reference(str(data.get("FrameOfReferenceUID", "")), series, path)
-        table = [_label(one) for one in data.SegmentSequence if one.SegmentNumber > 0]
-        table = [label for label in table if wanted(label.name)]
-        places = _places(data, grid, series.heights, threshold) if table else {}
+        frame = str(data.get("FrameOfReferenceUID") or "")
+        found["frame"][0] += other_frame_of_reference(frame, series, path, lambda: _instances(data))
+        segments = segments_of(data)
+        from_one = all(number > 0 for number, _ in segments)
+        labels = {
+            number: _label(one, number if from_one else place) for place, (number, one) in enumerate(segments, start=1)
+        }
+        labels = {number: label for number, label in labels.items() if wanted(label.name)}
+        found["renumbered"][0] += 0 if from_one else len(segments)
+        structures = [one for one in data.SegmentSequence if not is_background(one)]
+        found["background"][0] += sum(one not in [kept for _, kept in segments] for one in structures)
+        places = places_of(data, grid, series.heights, threshold, labels.keys(), found)
     nowhere = [np.zeros(0, np.intp)]
-    return [(label, np.unique(np.concatenate(places.get(label.value, nowhere)))) for label in table]
+    parts: list[Part] = [
+        (label, np.unique(np.concatenate(places.get(number, nowhere)))) for number, label in labels.items()
+    ]
+    for label, where in parts:
+        found["empty"][label.value] += not where.size
+    return parts, found
+
+
+def told_of(found: Found) -> str:
+    """Return what has to be said of the segments of a SEG, "" for nothing."""
+    told = [text.format(count) for kind, text in TOLD.items() if (count := found[kind].total())]
+    if found["empty"].total():
+        told.append(f"Segments that cover no voxel: {labels_met(found['empty'])}.")
+    return " ".join(told)
+
+
+def _instances(data: Dataset) -> set[str]:
+    """Return the SOPInstanceUIDs that the frames were made from, as the object or its frames say."""
+    series = instances(data.get("ReferencedSeriesSequence") or [])
+    return series or instances(
+        made
+        for groups in data.PerFrameFunctionalGroupsSequence
+        for derived in groups.get("DerivationImageSequence") or []
+        for made in derived.get("SourceImageSequence") or []
+    )
 
 
 def _segmentation(regions: Regions, sources: list[Dataset], labelmap: bool, algorithm: str | None) -> Dataset:
@@ -238,14 +286,8 @@ def _description(number: int, label: Label, algorithm: str | None) -> SegmentDes
     return described
 
 
-def _label(segment: Dataset) -> Label:
-    from highdicom.color import CIELabColor
-
-    number = int(segment.SegmentNumber)
-    color = PALETTE[(number - 1) % len(PALETTE)]
-    if segment.get("RecommendedDisplayCIELabValue"):
-        color = "#" + bytes(CIELabColor.from_dicom_value(segment.RecommendedDisplayCIELabValue).to_rgb(clip=True)).hex()
-    (code,) = segment.get("SegmentedPropertyTypeCodeSequence") or [{}]
+def _label(segment: Dataset, value: int) -> Label:
+    code = next(iter(segment.get("SegmentedPropertyTypeCodeSequence") or [{}]))
     snomed = None
     if code.get("CodingSchemeDesignator") == "SCT" and code.get("CodeValue"):
         modifiers = {str(one.get("CodeValue")) for one in code.get("SegmentedPropertyTypeModifierCodeSequence") or []}
@@ -255,97 +297,16 @@ def _label(segment: Dataset) -> Label:
             meaning=str(code.get("CodeMeaning", "")),
             laterality=sides[0] if len(sides) == 1 else None,
         )
-    return Label(value=number, name=str(segment.get("SegmentLabel") or f"label {number}"), color=color, snomed=snomed)
+    name = str(segment.get("SegmentLabel") or f"label {value}")
+    return Label(value=value, name=name, color=_color(segment, value), snomed=snomed)
 
 
-def _places(data: Dataset, grid: Grid, heights: Heights, threshold: float) -> Places:
-    """Return for each segment the flat indices into (slices, rows, columns) that its frames cover."""
-    kind = data.SegmentationType
-    places: Places = defaultdict(list)
-    least = max(1, threshold * int(data.MaximumFractionalValue)) if kind == "FRACTIONAL" else 1
-    for groups, pixels in zip(_groups(data), _frames(data), strict=True):
-        row, column = np.nonzero(pixels >= least)
-        if not row.size:
-            continue
-        flat = _flat(column, row, _to_slices(_plane(groups), grid, heights), (*grid.shape[:2], len(heights)))
-        if kind == "LABELMAP":
-            values = pixels[row, column]
-            order = np.argsort(values, kind="stable")
-            numbers, starts = np.unique(values[order], return_index=True)
-            for value, part in zip(numbers.tolist(), np.split(flat[order], starts[1:]), strict=True):
-                places[value].append(part)
-        else:
-            places[int(groups["SegmentIdentificationSequence"].ReferencedSegmentNumber)].append(flat)
-    return places
+def _color(segment: Dataset, value: int) -> str:
+    """Return the color that a segment states, one of the palette where it states none or none to show."""
+    from highdicom.color import CIELabColor
 
-
-def _frames(data: Dataset) -> Iterator[NDArray[Any]]:
-    """Yield the stored values (rows, columns) of each frame."""
-    from pydicom.pixels.utils import iter_pixels
-
-    if data.BitsAllocated > 1 or data.file_meta.TransferSyntaxUID.is_encapsulated:
-        yield from iter_pixels(data, raw=True)
-        return
-    # pydicom takes single frames only where they begin with a byte of their own; here they follow bit on bit.
-    packed, size = np.frombuffer(data.PixelData, np.uint8), data.Rows * data.Columns
-    for first in range(0, int(data.NumberOfFrames) * size, size):
-        start, skipped = divmod(first, 8)
-        bits = np.unpackbits(packed[start : (first + size + 7) // 8], bitorder="little")
-        yield bits[skipped : skipped + size].reshape(data.Rows, data.Columns)
-
-
-def _groups(data: Dataset) -> Iterator[dict[str, Dataset]]:
-    """Yield for each frame the first items of its functional groups, its own and shared ones, by keyword."""
-    (shared,) = data.get("SharedFunctionalGroupsSequence") or [[]]
-    for own in data.PerFrameFunctionalGroupsSequence:
-        yield {group.keyword: group.value[0] for group in [*shared, *own] if group.VR == "SQ" and group.value}
-
-
-def _plane(groups: dict[str, Any]) -> Affine:
+    stated = segment.get("RecommendedDisplayCIELabValue")
     try:
-        plane = slice_plane(
-            groups["PlanePositionSequence"].ImagePositionPatient,
-            groups["PlaneOrientationSequence"].ImageOrientationPatient,
-            groups["PixelMeasuresSequence"].PixelSpacing,
-        )
-    except (KeyError, AttributeError):
-        plane = None
-    if plane is None:
-        raise GeometryError("A frame of the SEG does not say where it lies. Export it again.", reason="no_geometry")
-    return plane
-
-
-def _to_slices(plane: Affine, grid: Grid, heights: Heights) -> NDArray[np.float64]:
-    """Return the matrix (3, 3) that takes (column, row, 1) of a frame to (i, j, number of the slice) of the source.
-
-    Frames across slices with irregular steps have none, and get one that leads nowhere.
-    """
-    to_index = np.linalg.solve(grid.affine, plane)[:3][:, [0, 1, 3]]
-    if (heights == np.arange(len(heights))).all():
-        return np.asarray(to_index)
-    to_index[2, 2] = slice_numbers(np.asarray(to_index[2, 2:], dtype=np.float64), heights)[0]
-    if np.abs(to_index[2, :2]).max() > FRAME_TOLERANCE:
-        to_index[2] = np.inf
-    return np.asarray(to_index)
-
-
-def _flat(
-    column: NDArray[np.intp], row: NDArray[np.intp], to_index: NDArray[np.float64], shape: tuple[int, int, int]
-) -> NDArray[np.intp]:
-    """Return the flat indices of pixels of a frame; each has to be a voxel of the source, of this shape."""
-    exact = np.round(to_index).astype(np.intp)
-    corners = np.array([(0, 0, 1), (column.max(), row.max(), 1), (column.max(), row.min(), 1)])
-    steps = np.abs(exact[:, :2])
-    if np.abs(corners @ (to_index - exact).T).max() > FRAME_TOLERANCE or (steps.sum(axis=0) != 1).any():
-        raise GeometryError(
-            "The voxels of the SEG are not those of the source: spacing, direction or position differ. Pass the series "
-            "that it was made for.",
-            reason="source_grid",
-        )
-    i, j, k = exact @ np.stack([column, row, np.ones_like(row)])
-    if min(i.min(), j.min(), k.min()) < 0 or (np.array([i.max(), j.max(), k.max()]) >= shape).any():
-        raise GeometryError(
-            "Part of the SEG lies outside the source. Pass the whole series that it was made for.",
-            reason="outside_source",
-        )
-    return np.asarray((k * shape[1] + j) * shape[0] + i)
+        return "#" + bytes(CIELabColor.from_dicom_value(stated).to_rgb(clip=True)).hex()
+    except (ValueError, TypeError):
+        return PALETTE[(value - 1) % len(PALETTE)]

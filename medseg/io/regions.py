@@ -5,6 +5,7 @@ One channel is a label map. Several channels are masks, one for each label of th
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ Wanted = Callable[[str], bool]
 Part = tuple[Label, NDArray[np.integer[Any]]]
 """A label, and where it is: flat indices into (slices, rows, columns)."""
 
+Found = defaultdict[str, Counter[int]]
+"""What was met while an object was read: by its kind, how often it was met in each label (0: in none)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Regions:
@@ -37,6 +41,12 @@ class Regions:
 
     labels: tuple[Label, ...]
     frames: NDArray[Any]
+
+
+def labels_met(counts: Counter[int]) -> str:
+    """Return the labels in which something was met, for people: "label 2" or "labels 2, 5", "" for none."""
+    labels = sorted(label for label, count in counts.items() if label and count)
+    return f"label{'s' * (len(labels) > 1)} {', '.join(map(str, labels))}" if labels else ""
 
 
 def on_grid(labels: Volume, grid: Grid) -> Volume:

@@ -9,40 +9,45 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError
-from medseg.io.contours import SNAP_DECIMALS, Polygon, fill, trace
-from medseg.io.dicom_geometry import LPS_TO_RAS
+from medseg.errors import GeometryError, InputError
+from medseg.io.contours import Polygon, trace
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
+    OTHER_FRAME,
     PATIENT_AND_STUDY,
+    STUDY_CLASS,
     UTF8,
     Source,
-    check_frame_of_reference,
     code_of,
     color_of,
     equipment,
+    frame_of_reference_error,
     headers,
+    instances,
     item,
     located,
     lps,
     named,
     now,
+    other_frame_of_reference,
     read_object,
     referring,
+    whole,
 )
+from medseg.io.dicom_series import Series
 from medseg.io.dicom_slice import Slice
 from medseg.io.files import written_whole
-from medseg.io.regions import Heights, Part, Regions, Wanted, on_grid, regions_of, slice_numbers, volume_of
+from medseg.io.regions import Found, Part, Regions, Wanted, labels_met, on_grid, regions_of, volume_of
+from medseg.io.rt_contours import LEFT_OUT, Image, Slices, covered, image_of
 from medseg.labels import PALETTE, Label
-from medseg.volume import Grid, Volume
+from medseg.volume import Volume
 
 if TYPE_CHECKING:
     from pydicom import DataElement, Dataset
@@ -50,20 +55,22 @@ if TYPE_CHECKING:
 DECIMALS = 4
 """Decimals of a coordinate in mm: off by at most 0.00005 mm, and 16 characters reach beyond a kilometre."""
 
-STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
-"""Detached Study Management (retired), by which RT objects still refer to their study."""
+LARGEST_NUMBER = 2**31 - 1
+"""Of a structure (VR IS, PS3.5 6.2)."""
 
-CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
-
-BETWEEN_SLICES = 0.1
-"""A contour that lies farther from a slice than this share of a step is taken to the nearest one with a warning."""
-
-LEFT_OUT = {
-    "open": "are open lines or points",
-    "askew": "are not parallel to the slices",
-    "outside": "lie outside the source",
+TOLD = {
+    "between": "lie between slices and are taken to the nearest",
+    "cut": "reach beyond the edges of the slices and are cut there",
+    "miscounted": "have another number of points than they state",
 }
-"""Why a contour encloses no voxel of the source."""
+"""What is told of contours that are used."""
+
+NO_VOXEL = {
+    "undrawn": "without contours",
+    "empty": "whose contours cover no voxel",
+    "repeated": "with the number of another, so that it is unknown whose the contours are",
+}
+"""What is told of structures that come out empty."""
 
 
 def save_rtstruct(
@@ -93,6 +100,14 @@ def write(
     if not regions.labels:
         return None
     path = Path(path)
+    largest = max(label.value for label in regions.labels)
+    if largest > LARGEST_NUMBER:
+        raise InputError(
+            f"The number of a structure is at most {LARGEST_NUMBER}, and the labels have {largest}. Write a binary "
+            "SEG, which numbers them from 1.",
+            path=path,
+            reason="label_values",
+        )
     sources = headers(slices)
     with referring(path, slices):
         data = _structure_set(regions.labels, sources, algorithm)
@@ -111,10 +126,11 @@ def load_rtstruct(path: str | os.PathLike[str], *, source: Source) -> tuple[Volu
 
     A label map, or where structures overlap one mask for each label of the table. A voxel belongs to a structure if its
     center lies inside an odd number of its contours in that plane, so that one inside another is a hole. Values are the
-    ROI numbers. A warning counts the contours that are open, points, askew or outside, which are left out, and those
-    that lie between slices, which go to the nearest. Raises UnreadableFile or InputError (`not_rtstruct`) for other
-    files, GeometryError where the frame of reference is another (`frame_of_reference`) or all contours lie outside
-    (`outside_source`).
+    ROI numbers, or 1, 2, 3 ... in the order of the list where these are not positive and different. A warning says
+    which contours are left out, cut, or lie between slices and go to the nearest, and which structures come out empty.
+    A frame of reference of its own making is accepted with a warning where the object refers to the very slices.
+    Raises UnreadableFile or InputError (`not_rtstruct`) for other files, GeometryError where the frame of reference is
+    another (`frame_of_reference`) or all contours lie outside (`outside_source`).
     """
     series, grid = located(source)
     parts, found = read_parts(path, series)
@@ -124,34 +140,18 @@ def load_rtstruct(path: str | os.PathLike[str], *, source: Source) -> tuple[Volu
 
 def read_parts(
     path: str | os.PathLike[str], source: Source, *, wanted: Wanted = lambda _: True
-) -> tuple[list[Part], Counter[str]]:
+) -> tuple[list[Part], Found]:
     """Return the structures whose names are `wanted`, each with the flat indices into (slices, rows, columns).
 
-    Beside them, how many contours were used, taken to the nearest slice ("between"), or LEFT_OUT for which reason.
+    Beside them what `covered` counts, contours of numbers that no structure has ("unlisted"), structures that come out
+    empty (NO_VOXEL), and those of another frame of reference ("frame").
     Raises what `load_rtstruct` raises, but for contours that lie outside.
     """
     path = Path(path)
-    series, grid = located(source)
+    series, _ = located(source)
     with parsing(path):
         data = read_object(path, "RTSTRUCT", "StructureSetROISequence")
-        for roi in data.StructureSetROISequence:
-            if not roi.get("ROIName") or wanted(str(roi.ROIName)):
-                check_frame_of_reference(str(roi.get("ReferencedFrameOfReferenceUID") or ""), series, path)
-        return _parts(data, _Slices(grid, series.heights), wanted)
-
-
-@dataclass(frozen=True)
-class _Slices:
-    """Where contours go: the slices of a series at these k of its grid."""
-
-    grid: Grid
-    heights: Heights
-
-    def index(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (i, j, number of the slice) of points in LPS mm."""
-        index = self.grid.to_index(points @ LPS_TO_RAS[:3, :3])
-        index[:, 2] = slice_numbers(index[:, 2], self.heights)
-        return index
+        return _parts(data, series, path, wanted)
 
 
 def _structure_set(labels: Sequence[Label], sources: Sequence[Dataset], algorithm: str | None) -> Dataset:
@@ -273,83 +273,111 @@ def _contour(points: NDArray[np.float64], image: DataElement) -> Dataset:
     return contour
 
 
-def _parts(data: Dataset, slices: _Slices, wanted: Wanted) -> tuple[list[Part], Counter[str]]:
+def _parts(data: Dataset, series: Series, path: Path, wanted: Wanted) -> tuple[list[Part], Found]:
     """Return each structure with the flat indices into (slices, rows, columns) it covers, and what was met."""
-    drawn: dict[int, list[Dataset]] = defaultdict(list)
-    for one in data.get("ROIContourSequence") or []:
-        drawn[int(one.ReferencedROINumber)].append(one)
-    numbers = [int(roi.ROINumber) for roi in data.StructureSetROISequence]
-    usable = min(numbers, default=1) > 0 and len(set(numbers)) == len(numbers)
-    found: Counter[str] = Counter()
+    found: Found = defaultdict(Counter)
+    slices = _slices(series)
     parts: list[Part] = []
-    for place, (number, roi) in enumerate(zip(numbers, data.StructureSetROISequence, strict=True), start=1):
-        value = number if usable else place
-        color = PALETTE[(value - 1) % len(PALETTE)]
-        if stated := next((one.ROIDisplayColor for one in drawn[number] if one.get("ROIDisplayColor")), None):
-            color = "#" + bytes(min(max(int(part), 0), 255) for part in stated).hex()
-        label = Label(value=value, name=str(roi.get("ROIName") or f"label {value}"), color=color)
-        if wanted(label.name):
-            contours = [contour for one in drawn[number] for contour in one.get("ContourSequence") or []]
-            parts.append((label, _covered(contours, slices, found)))
+    for label, roi, contours in _structures(data, found):
+        if not wanted(label.name):
+            found["repeated"].pop(label.value, None)
+            continue
+        images = partial(_images, data, roi, contours)
+        if other_frame_of_reference(_frame(data, roi), series, path, images):
+            found["frame"][label.value] += 1
+        places = covered(contours, slices, label.value, found)
+        if not places.size and not found["repeated"][label.value]:
+            found["empty" if contours else "undrawn"][label.value] += 1
+        parts.append((label, places))
+    if any(found["elsewhere"][value] for value in found["frame"]):
+        raise frame_of_reference_error(path)
     return parts, found
 
 
-def _covered(contours: Sequence[Dataset], slices: _Slices, found: Counter[str]) -> NDArray[np.intp]:
-    planes: dict[tuple[int, float], list[Polygon]] = defaultdict(list)
-    for contour in contours:
-        points = _points(contour)
-        index = slices.index(points)
-        height = float(index[:, 2].mean()) if len(index) else 0.0
-        k = int(np.floor(round(height, 2) + 0.5))  # from halfway up: half to even would leave every other slice empty
-        kind = _kind(contour, index, k, len(slices.heights))
-        found[kind] += 1
-        if kind not in LEFT_OUT:
-            planes[k, round(height, 2)].append(index[:, :2])
-    covered = [_inside(_distinct(polygons), k, slices.grid) for (k, _), polygons in planes.items()]
-    return np.unique(np.concatenate(covered)) if covered else np.zeros(0, np.intp)
+def _structures(data: Dataset, found: Found) -> Iterator[tuple[Label, Dataset, list[Dataset]]]:
+    """Yield label, description and contours of each structure; contours that are nobody's are counted alone."""
+    drawn: dict[int | None, list[Dataset]] = defaultdict(list)
+    for one in data.get("ROIContourSequence") or []:
+        drawn[whole(one, "ReferencedROINumber")].append(one)
+    numbers = [whole(roi, "ROINumber") for roi in data.StructureSetROISequence]
+    usable = all(number is not None and number > 0 for number in numbers) and len(set(numbers)) == len(numbers)
+    for number in drawn.keys() - ({*numbers} - {None}):
+        found["unlisted"][0] += len(_contours_of(drawn[number]))
+    for place, (number, roi) in enumerate(zip(numbers, data.StructureSetROISequence, strict=True), start=1):
+        items = [] if number is None else drawn[number]
+        value = number if usable and number else place
+        label = Label(value=value, name=str(roi.get("ROIName") or f"label {value}"), color=_color(items, value))
+        contours = _contours_of(items)
+        if numbers.count(number) > 1 and contours:
+            found["repeated"][value] += 1
+            contours = []
+        yield label, roi, contours
 
 
-def _distinct(polygons: Sequence[Polygon]) -> list[Polygon]:
-    """Return polygons without copies, as some programs export them: two of one would leave nothing inside."""
-    return [*{polygon.round(SNAP_DECIMALS).tobytes(): polygon for polygon in polygons}.values()]
+def _contours_of(items: Sequence[Dataset]) -> list[Dataset]:
+    return [contour for one in items for contour in one.get("ContourSequence") or []]
 
 
-def _points(contour: Dataset) -> NDArray[np.float64]:
-    raw = contour.get_item("ContourData")
-    text = getattr(raw, "value", None)
-    numbers = text.rstrip(b" \0").split(b"\\") if isinstance(text, bytes) else contour.get("ContourData") or []
-    return np.array(numbers, dtype=np.float64).reshape(-1, 3)
+def _color(items: Sequence[Dataset], value: int) -> str:
+    """Return the first color that a structure states, one of the palette where it states none or none to show."""
+    for one in items:
+        try:
+            red, green, blue = (min(max(int(part), 0), 255) for part in one.get("ROIDisplayColor") or ())
+        except (ValueError, TypeError):
+            continue
+        return "#" + bytes([red, green, blue]).hex()
+    return PALETTE[(value - 1) % len(PALETTE)]
 
 
-def _kind(contour: Dataset, index: NDArray[np.float64], k: int, count: int) -> str:
-    if contour.get("ContourGeometricType") not in CLOSED or len(index) < 3:
-        return "open"
-    if np.ptp(index[:, 2]) > BETWEEN_SLICES:
-        return "askew"
-    if not 0 <= k < count:
-        return "outside"
-    return "between" if abs(index[:, 2].mean() - k) > BETWEEN_SLICES else "used"
+def _slices(series: Series) -> Slices:
+    _, grid = located(series)
+    numbers: dict[Image, int] = {}
+    for number, part in enumerate(series.slices):
+        numbers[part.sop_instance_uid, part.frame + 1] = numbers[part.sop_instance_uid, 0] = number
+    if len(numbers) < 2 * len(series.slices):  # several frames in a file: without a number it is unknown which
+        numbers = {image: number for image, number in numbers.items() if image[1]}
+    return Slices(grid, series.heights, numbers)
 
 
-def _inside(polygons: Sequence[Polygon], k: int, grid: Grid) -> NDArray[np.intp]:
-    """Return the flat indices of the voxels of slice k inside polygons, filled in the box around them."""
-    ends = np.array([*chain.from_iterable((one.min(axis=0), one.max(axis=0)) for one in polygons)])
-    low = np.clip(np.floor(ends.min(axis=0)), 0, grid.shape[:2]).astype(int)
-    high = np.clip(np.ceil(ends.max(axis=0)) + 1, low, grid.shape[:2]).astype(int)
-    i, j = np.nonzero(fill([polygon - low for polygon in polygons], (high[0] - low[0], high[1] - low[1])))
-    return np.asarray((k * grid.shape[1] + j + low[1]) * grid.shape[0] + i + low[0])
+def _frame(data: Dataset, roi: Dataset) -> str:
+    """Return the frame of reference of a structure: its own, else the only one of its object, else ""."""
+    own = [str(one.get("FrameOfReferenceUID") or "") for one in data.get("ReferencedFrameOfReferenceSequence") or []]
+    stated = [str(roi.get("ReferencedFrameOfReferenceUID") or ""), *(own if len(own) == 1 else [])]
+    return next(filter(None, [*stated, str(data.get("FrameOfReferenceUID") or "")]), "")
 
 
-def _report(found: Counter[str], path: Path) -> None:
-    total = found.total()
-    if found["outside"] == total > 0:
+def _images(data: Dataset, roi: Dataset, contours: Sequence[Dataset]) -> set[str]:
+    """Return the SOPInstanceUIDs that a structure was drawn on: as its contours say, else as its frame of reference."""
+    drawn = {uid for contour in contours if (uid := image_of(contour)[0])}
+    if drawn:
+        return drawn
+    frames = data.get("ReferencedFrameOfReferenceSequence") or []
+    return instances(one for one in frames if str(one.get("FrameOfReferenceUID") or "") == _frame(data, roi))
+
+
+def _report(found: Found, path: Path) -> None:
+    counts = {kind: found[kind].total() for kind in [*found]}
+    total = sum(counts.get(kind, 0) for kind in ("used", "between", *LEFT_OUT))
+    if counts.get("outside") == total > 0:
         raise GeometryError(
             "All contours lie outside the source. Pass the series that they were drawn on.",
             path=path,
             reason="outside_source",
         )
-    told = [f"{found[kind]} {why} and are left out" for kind, why in LEFT_OUT.items() if found[kind]]
-    if found["between"]:
-        told.append(f"{found['between']} lie between slices and are taken to the nearest")
-    if told:
-        warnings.warn(f"Of {total} contours, {'; '.join(told)}.", stacklevel=3)
+    if counts.get("frame"):
+        warnings.warn(OTHER_FRAME, stacklevel=3)
+    if told := told_of(found):
+        warnings.warn(told, stacklevel=3)
+
+
+def told_of(found: Found) -> str:
+    """Return what has to be said of the contours of a structure set, "" for nothing."""
+    counts = {kind: found[kind].total() for kind in [*found]}
+    total = sum(counts.get(kind, 0) for kind in ("used", "between", *LEFT_OUT))
+    told = {kind: f"{why} and are left out" for kind, why in LEFT_OUT.items()} | TOLD
+    odd = [f"{counts[kind]} {why} ({labels_met(found[kind])})" for kind, why in told.items() if counts.get(kind)]
+    sentences = [f"Of {total} contours, {'; '.join(odd)}."] if odd else []
+    if counts.get("unlisted"):
+        sentences.append(f"Contours of numbers that no structure has are left out: {counts['unlisted']}.")
+    sentences += [f"Structures {why}: {labels_met(found[kind])}." for kind, why in NO_VOXEL.items() if counts.get(kind)]
+    return " ".join(sentences)

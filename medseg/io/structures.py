@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
     from medseg.io.dicom_references import Source
-    from medseg.io.regions import Part, Wanted
+    from medseg.io.regions import Found, Part, Wanted
 
 Kind = Literal["SEG", "RTSTRUCT"]
 
@@ -41,15 +40,15 @@ class StructureFile:
     series_uids: frozenset[str]
     frame_of_reference_uid: str
 
-    def parts(self, source: Source, wanted: Wanted) -> tuple[list[Part], Counter[str]]:
-        """Return the structures whose names are wanted on the slices of `source`, and what its contours were like.
+    def parts(self, source: Source, wanted: Wanted) -> tuple[list[Part], Found]:
+        """Return the structures whose names are wanted on the slices of `source`, and what was met there.
 
         Raises what `load_rtstruct` and `load_dicom_seg` raise, but for contours that lie outside.
         """
         if self.kind == "SEG":
             from medseg.io import dicom_seg
 
-            return dicom_seg.read_parts(self.path, source, wanted=wanted), Counter()
+            return dicom_seg.read_parts(self.path, source, wanted=wanted)
         from medseg.io import rtstruct
 
         return rtstruct.read_parts(self.path, source, wanted=wanted)
@@ -81,16 +80,19 @@ def describe_structures(path: str | os.PathLike[str]) -> StructureFile | None:
     sequence, name = CONTENT[kind]
     references = ("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence", "FrameOfReferenceUID")
     with parsing(path):
-        data = dcmread(path, specific_tags=[sequence, *references, "SpecificCharacterSet"], stop_before_pixels=True)
+        tags = [sequence, *references, "SpecificCharacterSet", "SegmentationType", "PixelPaddingValue"]
+        data = dcmread(path, specific_tags=tags, stop_before_pixels=True)
         structures = data.get(sequence) or []
+        if kind == "SEG":
+            from medseg.io.seg_frames import background
+
+            structures = [one for one in structures if one.get("SegmentNumber") not in background(data)]
         frames = data.get("ReferencedFrameOfReferenceSequence") or []
         frame = data.get("FrameOfReferenceUID") or next((one.get("FrameOfReferenceUID") for one in frames), "")
         return StructureFile(
             path=path,
             kind=kind,
-            names=tuple(
-                str(one.get(name) or "") for one in structures if one.get("SegmentNumber") != 0
-            ),  # 0 is background
+            names=tuple(str(one.get(name) or "") for one in structures),
             series_uids=frozenset(_series_uids(data)),
             frame_of_reference_uid=str(frame or ""),
         )

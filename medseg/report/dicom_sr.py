@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from medseg.errors import InputError
 from medseg.io.dicom_header import parsing
-from medseg.io.dicom_references import UTF8, Source, code_of, equipment, headers, located, named, referring
+from medseg.io.dicom_references import (
+    UTF8,
+    Source,
+    code_of,
+    equipment,
+    headers,
+    located,
+    named,
+    read_object,
+    referring,
+)
 from medseg.io.files import written_whole
 from medseg.labels import Label, complete
 from medseg.report.measurements import Measurement
@@ -34,8 +44,8 @@ def save_dicom_sr(
     in Hounsfield units for CT and without units else; one that was not found is stated as absent. `table` gives the
     codes of the labels, as in the SEG. `segmentation` is the SEG of the same labels, whose segments the report then
     refers to (TID 1411), else the structures stand alone (TID 1501).
-    Raises OutputError (`unreferable_source`) where the source lacks identifiers, InputError (`other_labels`) where the
-    SEG has other labels, and what reading raises.
+    Raises OutputError (`unreferable_source`) where the source lacks identifiers, InputError where `segmentation` is
+    another object (`not_seg`) or has other labels (`other_labels`), and what reading raises.
     """
     from highdicom.sr import ComprehensiveSR
     from pydicom.uid import generate_uid
@@ -171,12 +181,10 @@ def _segments(path: Path, measurements: Sequence[Measurement]) -> tuple[Dataset,
 
     They are told by their names, of which spaces at the end do not count (VR LO); those of one name by their order.
     """
-    from pydicom import dcmread
-
     with parsing(path):
-        data = dcmread(path, stop_before_pixels=True)
+        data = read_object(path, "SEG", "SegmentSequence", pixels=False)
         numbers: dict[str, list[int]] = defaultdict(list)
-        for item in data.get("SegmentSequence") or []:
+        for item in data.SegmentSequence:
             numbers[str(item.SegmentLabel or "").rstrip()].append(int(item.SegmentNumber))
     found = {}
     for row in measurements:

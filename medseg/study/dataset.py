@@ -34,11 +34,18 @@ from medseg.study.run import ending, only_study, read_channels
 from medseg.volume import Array, Grid, Volume
 
 TOLD = {
-    "open": "are open or points, and are left out",
-    "outside": "lie outside the series, and are left out",
-    "between": "lie between slices, and are taken to the nearest",
+    "open": "contours are open or points, and are left out",
+    "outside": "contours lie outside the series, and are left out",
+    "between": "contours lie between slices, and are taken to the nearest",
+    "cut": "contours reach beyond the edges of the slices, and are cut there",
+    "miscounted": "contours have another number of points than they state",
+    "unlisted": "contours have a number that no structure has, and are left out",
+    "repeated": "structures have the number of another, and count as not drawn",
+    "undescribed": "frames show segments that nobody describes, and are left out",
+    "background": "segments have the number of the background, and are left out",
+    "frame": "structures state another frame of reference, and refer to the very slices of the series",
 }
-"""What a case is told with, though some of its contours are odd."""
+"""What a case is told with, though some of its structures are odd."""
 
 
 @dataclass
@@ -165,14 +172,14 @@ def _structures(files: Sequence[StructureFile], series: Series, rules: DatasetRu
     """Return for each label that was drawn the flat indices into (slices, rows, columns) of its structures."""
     found: dict[str, list[Array]] = {}
     for file in files:
-        parts, contours = file.parts(series, lambda name: rules.label_of(name) is not None)
-        if contours["askew"]:
+        parts, met = file.parts(series, lambda name: rules.label_of(name) is not None)
+        if odd := met["askew"].total() + met["unreadable"].total():
             raise InputError(
-                f"{contours['askew']} contours are not parallel to the slices, so their structures would be "
-                "incomplete.",
+                f"{odd} contours are not parallel to the slices or have no whole coordinates, so their structures "
+                "would be incomplete.",
                 reason="contours",
             )
-        made.warnings += [f"{contours[kind]} contours {told}" for kind, told in TOLD.items() if contours[kind]]
+        made.warnings += [f"{count} {told}" for kind, told in TOLD.items() if (count := met[kind].total())]
         for label, places in parts:
             rule = rules.label_of(label.name)
             if rule is not None and places.size:
