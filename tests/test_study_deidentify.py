@@ -10,10 +10,11 @@ from pathlib import Path
 import nibabel
 import pydicom
 import pytest
-from dicom_files import STUDY, errors_of_dciodvfy, write_source
+from dicom_files import STUDY, errors_of_dciodvfy, some_labels, write_source
 from leaks import leaks
 from studies import write_pipeline
 
+import medseg
 from medseg import cli
 from medseg.errors import UsageError
 from medseg.study import worker
@@ -80,6 +81,42 @@ def test_a_batch_without_identifiers(tmp_path, capsys, monkeypatch):
     assert seg in {str(one.value) for one in elements(objects["measurements.sr.dcm"]) if one.VR == "UI"}
     for name in ("labels.seg.dcm", "labels.rtstruct.dcm", "measurements.sr.dcm"):
         assert errors_of_dciodvfy(out / study[0] / name) == []
+
+
+def test_no_text_of_the_source_stays_whatever_element_it_hides_in(tmp_path):
+    """Free text, and identifiers that begin as the standard's own or are no identifiers at all."""
+    secret = {
+        "PositionReferenceIndicator": "HIDDEN 1955",
+        "FrameOfReferenceUID": "1.2.840.10008.19550321",
+        "StudyInstanceUID": "1.2.840.10008.1.4.1.1.19550321",
+        "SeriesInstanceUID": "1.2.840.10008.5.19550321.7",
+        "StudyDate": "20200102", "StudyTime": "111213.25", "StudyID": "HIDDEN-S", "AccessionNumber": "HIDDEN-A",
+        "PatientName": "HIDDEN^N", "PatientID": "HIDDEN-P", "PatientSex": "O", "ReferringPhysicianName": "HIDDEN^R",
+        "SeriesDescription": "HIDDEN T1", "Laterality": "L", "PatientComments": "HIDDEN", "ImageComments": "HIDDEN",
+        "InstitutionName": "HIDDEN", "ProtocolName": "HIDDEN",
+        "OperatorsName": "HIDDEN^O", "ManufacturerModelName": "HIDDEN", "DeviceSerialNumber": "HIDDEN",
+    }  # fmt: skip
+    studies, out = tmp_path / "studies", tmp_path / "out"
+    pipeline = write_pipeline(tmp_path / "pipeline", outputs=OUTPUTS)
+    write_source(studies / "a", **secret)
+    (done,) = run_batch(pipeline, studies, out, TORCH)
+    texts = {path.name: path.read_bytes() for path in (out / done.study).iterdir()}
+    assert {"labels.seg.dcm", "labels.rtstruct.dcm", "measurements.sr.dcm"} <= texts.keys()
+    for name, text in texts.items():
+        for word in (b"HIDDEN", b"19550321", b"20200102", b"111213"):
+            assert word not in text, (name, word)
+
+
+def test_a_frame_of_reference_of_the_standard_stays(tmp_path):
+    """The Talairach brain atlas is nobody's, and says where the voxels lie."""
+    from medseg.study.deidentify import deidentify
+
+    talairach = "1.2.840.10008.1.4.1.1"
+    source = write_source(tmp_path / "a", FrameOfReferenceUID=talairach)
+    path = medseg.save_dicom_seg(some_labels(medseg.load(source).grid), tmp_path / "seg.dcm", source=source)
+    assert path is not None
+    deidentify(path, "study", b"key")
+    assert pydicom.dcmread(path).FrameOfReferenceUID == talairach
 
 
 def test_what_verifies_is_kept_and_inputs_are_known_by_a_keyed_hash(tmp_path):

@@ -2,8 +2,8 @@
 
 Label maps, measurements and manifests never carry any. DICOM objects do, and lose it here as the Basic Application
 Level Confidentiality Profile asks (PS3.15 E.1): the patient is the study's keyed name, dates are one and the same, and
-each UID that is not the standard's own becomes one made of its keyed hash. So objects of one batch still refer to one
-another, and no one without the key can say to which scan.
+each UID that is not in the standard's list (PS3.6 A) becomes one made of its keyed hash. So objects of one batch still
+refer to one another, and no one without the key can say to which scan.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from medseg.study.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pydicom import DataElement, Dataset
-
-STANDARD = "1.2.840.10008."
-"""How the UIDs begin that the standard gives to kinds of objects, encodings and lists of codes."""
 
 BLANK = ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber")
 """What every object must have and may leave empty."""
@@ -78,7 +75,9 @@ def _listed(element: DataElement) -> list[str]:
 
 def _hashed(uid: str, key: bytes) -> str:
     """Return a UID (2.25 and a number of 128 bits, PS3.5 B.2) that only the key leads to from the one given."""
-    if uid.startswith(STANDARD):
+    from pydicom.uid import UID_dictionary
+
+    if uid in UID_dictionary:
         return uid
     return f"2.25.{int.from_bytes(hmac.new(key, uid.encode(), hashlib.sha256).digest()[:16], 'big')}"
 
