@@ -25,6 +25,7 @@ from medseg.train.planner import (
     target_spacing,
     topology,
 )
+from medseg.train.sides import LabelPlace
 
 NUMBERS = Intensities(mean=40, std=20, percentile_00_5=-60, percentile_99_5=120)
 
@@ -211,3 +212,19 @@ def test_an_older_fingerprint_with_names_is_read_without_them(tmp_path):
     read = Fingerprint.load(tmp_path / "fingerprint.json")
     assert read.seen is None
     assert "Smith" not in read.model_dump_json()
+
+
+def test_a_plan_says_why_it_mirrors_or_does_not():
+    def why(names, places=({},)):
+        cases = [facts((1, 1, 1), (36, 50, 35)).model_copy(update={"label_places": one}) for one in places]
+        one = fingerprint_of(cases).model_copy(update={"labels": make_labels(enumerate(names, start=1))})
+        row = next(row for row in explain(one, make_plan(one)) if row["decision"] == "mirror_axes")
+        return row["value"], row["why"]
+
+    middle = {1: LabelPlace(center_mm=(0, 0, 0), across_mm=(-3, 3))}
+    assert why(["organ"]) == ("0", "empirical: left-right, as no label has a side by its name")
+    assert why(["organ"], [middle]) == ("0", "empirical: left-right, as no label has a side by its name or place")
+    none = ("none", "empirical: none, as Parotid_L and Parotid_R differ in the side alone")
+    assert why(["Parotid_L", "Parotid_R"]) == none
+    aside = {1: LabelPlace(center_mm=(9, 0, 0), across_mm=(2, 16))}
+    assert why(["organ"], [aside] * 3)[1].endswith("organ lies on one side of the middle in 3 of 3 cases")

@@ -20,6 +20,7 @@ from medseg.model.stored import Stored
 from medseg.train.check import Findings, check_case, check_together, unseen
 from medseg.train.dataset import Case, Dataset, refuse
 from medseg.train.parallel import Progress, side_by_side
+from medseg.train.sides import LabelPlace, places_of
 from medseg.volume import Volume
 
 SAMPLES_PER_CASE = 10_000
@@ -30,7 +31,8 @@ class CaseFacts(BaseModel):
     """One case in canonical orientation (RAS): its shape, spacing, what of it is not 0, and label counts.
 
     `box` is the shape of the smallest box around the voxels that are not 0 in some channel, `nonzero` their share of
-    the whole image. `label_voxels` counts the values of the label file, but for 0 and what is to be ignored.
+    the whole image. `label_voxels` counts the values of the label file, but for 0 and what is to be ignored;
+    `label_places` says where each label lies (nothing in files of older versions).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +42,7 @@ class CaseFacts(BaseModel):
     box: tuple[int, int, int]
     nonzero: float
     label_voxels: dict[int, int]
+    label_places: dict[int, LabelPlace] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +162,7 @@ def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDA
         box=inside.grid.reoriented("RAS").shape,
         nonzero=float(np.count_nonzero((inside.array != 0).any(axis=0)) / math.prod(image.grid.shape)),
         label_voxels={number: count for number, count in voxels.items() if number not in {0, case.ignore}},
+        label_places=places_of(values, image.grid, dataset.meaning.members),
     )
     marked = values != 0 if case.ignore is None else (values != 0) & (values != case.ignore)
     return findings, facts, _sample(image, np.flatnonzero(marked))

@@ -98,7 +98,11 @@ def plan_dataset(
         _make_folder(where)
         facts.save(checked)
     if not (where / "plan.json").is_file():
-        plan = _planned(where, pick_device(device)) if start is None else plan_from(start, cases)
+        plan = (
+            _planned(where, pick_device(device))
+            if start is None
+            else plan_from(start, cases, Fingerprint.load(checked))
+        )
         # Measuring took seconds, in which a training of another fold may have made the plan that it now follows.
         if not (where / "plan.json").is_file():
             plan.save(where / "plan.json")
@@ -231,9 +235,10 @@ def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> Non
         )
 
 
-def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
+def plan_from(start: str | PathLike[str], dataset: Dataset, facts: Fingerprint | None = None) -> Plan:
     """Return the plan of a model with the labels of a dataset, to train it further; its clean-up was of other labels.
 
+    Without its fingerprint, names alone say whether a label has a side, so that nothing may be mirrored.
     Raises ModelError where the dataset has other channels than the model.
     """
     plan = Plan.load(find_model(start) / "plan.json")
@@ -249,7 +254,7 @@ def plan_from(start: str | PathLike[str], dataset: Dataset) -> Plan:
             "name": dataset.name,
             "labels": dataset.labels,
             "regions": dataset.meaning.regions,
-            "mirror_axes": plan.mirror_axes if mirror_axes(dataset.labels) else (),
+            "mirror_axes": plan.mirror_axes if mirror_axes(dataset.labels, facts.cases if facts else ()) else (),
             "keep_largest": (),
         }
     )

@@ -16,6 +16,7 @@ from medseg.model.stored import Stored
 from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset_json import members_of
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
+from medseg.train.sides import side_by_name, side_by_place
 
 ANISOTROPY = 3.0
 """Voxels longer than this along one axis than along the others call for rules of their own."""
@@ -79,7 +80,7 @@ def make_plan(fingerprint: Fingerprint, capacity: Capacity = FIXED) -> Plan:
         spacing_mm=spacing,
         crop_nonzero=crop,
         patch=patch,
-        mirror_axes=mirror_axes(fingerprint.labels),
+        mirror_axes=mirror_axes(fingerprint.labels, fingerprint.cases),
         network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
     )
 
@@ -115,7 +116,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
             ", ".join(_treatment(channel) for channel in plan.channels),
             f"rule: CT by the numbers of the dataset, others by their own; {100 * nonzero:.0f} % of an image is not 0",
         ),
-        "mirror_axes": (_joined(plan.mirror_axes) or "none", "empirical: left-right, unless a label has a side"),
+        "mirror_axes": (_joined(plan.mirror_axes) or "none", _why_mirrored(fingerprint)),
         "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
     }
     own = make_plan(fingerprint, capacity)
@@ -244,12 +245,23 @@ def normalization(channel: str, numbers: Intensities, nonzero: float) -> CTNorma
     return ZScore(nonzero=nonzero < 0.75)
 
 
-def mirror_axes(labels: Sequence[Label]) -> tuple[int, ...]:
+def mirror_axes(labels: Sequence[Label], cases: Sequence[CaseFacts] = ()) -> tuple[int, ...]:
     """Return the axes that patches are flipped along: left-right (the first in RAS), where no label has a side.
 
     Empirical: bodies are nearly symmetric in that plane alone; a kidney on the wrong side is what must not be learned.
+    Names of labels and places in the cases speak for a side (`train.sides`); in doubt nothing is mirrored.
     """
-    return () if any(side in label.name.lower() for label in labels for side in ("left", "right")) else (0,)
+    return () if _side(labels, cases) else (0,)
+
+
+def _side(labels: Sequence[Label], cases: Sequence[CaseFacts]) -> str | None:
+    return side_by_name(labels) or side_by_place(labels, [case.label_places for case in cases])
+
+
+def _why_mirrored(fingerprint: Fingerprint) -> str:
+    side = _side(fingerprint.labels, fingerprint.cases)
+    looked = "name or place" if any(case.label_places for case in fingerprint.cases) else "name"
+    return f"empirical: none, as {side}" if side else f"empirical: left-right, as no label has a side by its {looked}"
 
 
 def _triple(values: Sequence[int]) -> Triple:
