@@ -134,7 +134,7 @@ def convert(
     ] = None,
     to: Annotated[str | None, typer.Option(help="What a .dcm file is: seg (default), labelmap or rtstruct.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="JSON with the names of labels; by default NAME.labels.json beside them.")
+        Path | None, typer.Option(help="A model, or JSON with the names of labels; by default NAME.labels.json.")
     ] = None,
     assume_orientation: Assume = None,
 ) -> None:

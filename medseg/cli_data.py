@@ -51,7 +51,7 @@ def report(
     ],
     names: Annotated[
         Path | None,
-        typer.Option("--labels", help="JSON with the names of labels; by default NAME.labels.json beside them."),
+        typer.Option("--labels", help="A model, or JSON with the names of labels; by default NAME.labels.json."),
     ] = None,
 ) -> None:
     """Measure labels, and write volumes and intensities as a table or a DICOM SR, or a picture."""

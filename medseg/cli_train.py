@@ -103,7 +103,7 @@ def evaluate(
     tolerance_mm: Annotated[float, typer.Option(help="How far surfaces may lie apart for the surface Dice.")] = 2.0,
     labels: Annotated[
         Path | None,
-        typer.Option(help="JSON that names labels: a table, plan.json or dataset.json; by default the references'."),
+        typer.Option(help="What names labels: a model, a table or dataset.json; by default the references."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one line for each case and label.")] = None,
     device: Device = None,
@@ -149,6 +149,7 @@ def _scores_of_files(predictions: Path, references: Path, tolerance_mm: float, l
 
     Other names for labels change neither what is to be ignored, unless they name it, nor what was drawn.
     """
+    from medseg.io.label_table import table_file
     from medseg.report.metrics import evaluate_folder
     from medseg.train.dataset import read_facts
     from medseg.train.dataset_json import Meaning, read_meaning
@@ -158,7 +159,7 @@ def _scores_of_files(predictions: Path, references: Path, tolerance_mm: float, l
     if root is None and labels is None:
         return evaluate_folder(predictions, references, tolerance_mm=tolerance_mm)
     own = read_meaning(root / "dataset.json") if root else Meaning(())
-    meaning = read_meaning(labels) if labels else own
+    meaning = read_meaning(table_file(labels)) if labels else own
     left_out = None if own.ignore in meaning.values else own.ignore
     scores = evaluate_folder(
         predictions,

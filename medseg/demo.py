@@ -12,6 +12,7 @@ import numpy as np
 
 from medseg.errors import OutputError, UsageError
 from medseg.io import load, save
+from medseg.io.label_table import write_table
 from medseg.model.segmenter import Model
 from medseg.report.measurements import Measurement, measure
 from medseg.report.pictures import draw_overlay
@@ -26,8 +27,9 @@ BOXES_MM = {
 
 
 def run_demo(folder: str | PathLike[str], *, progress: Callable[[str], None] | None = None) -> list[Measurement]:
-    """Return the measurements of both hippocampi of the ICBM152 T1; write image.nii.gz, labels.nii.gz and overlay.png.
+    """Return the measurements of both hippocampi of the ICBM152 T1; write image, labels and picture.
 
+    The folder gets image.nii.gz, labels.nii.gz with labels.labels.json beside it, and overlay.png.
     Raises UsageError where nilearn, whose package ships the template, is not installed.
     """
     say = progress or (lambda _: None)
@@ -48,6 +50,7 @@ def run_demo(folder: str | PathLike[str], *, progress: Callable[[str], None] | N
         np.maximum(labels, found.array, out=labels)
         measurements += [replace(row, name=f"{side} {row.name.lower()}") for row in measure(found, model.plan.labels)]
     result = volume.with_array(labels)
+    write_table(model.plan.labels, out / "labels.labels.json")
     save(result, out / "labels.nii.gz", source=source)
     save(volume, out / "image.nii.gz", source=source)
     say("Drawing the picture")

@@ -65,7 +65,7 @@ def complete(out: Path, *, hashed: bool = False) -> dict[str, str]:
         there = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json"}
         assert there == {one["file"]: one["bytes"] for one in manifest["outputs"]}
         if manifest["status"] == "done":
-            assert there.keys() == {"labels.nii.gz", "measurements.json", "measurements.csv"}
+            assert there.keys() == {"labels.labels.json", "labels.nii.gz", "measurements.json", "measurements.csv"}
         for one in manifest["outputs"] if hashed else ():
             assert hashlib.sha256((folder / one["file"]).read_bytes()).hexdigest() == one["sha256"]
         statuses[manifest["study"]] = manifest["status"]

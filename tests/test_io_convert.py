@@ -158,3 +158,14 @@ def test_command_line(run, source: Path, labels: Path) -> None:
     medseg.save(Volume(np.zeros((1, *grid.shape), np.uint8), grid), folder / "empty.nii.gz")
     assert "No label is set" in run(folder / "empty.nii.gz", folder / "empty.dcm", "--source", source)
     assert not (folder / "empty.dcm").exists()
+
+
+def test_a_model_names_labels(source: Path, labels: Path, tmp_path: Path) -> None:
+    """By the name of one that ships, by its folder, and by its plan."""
+    shipped = Path(medseg.__file__).parent / "models/hippocampus"
+    for number, model in enumerate(("hippocampus", shipped, shipped / "plan.json")):
+        convert(labels, tmp_path / f"{number}.nii.gz", table=model)
+        names = [label.name for label in read_table(tmp_path / f"{number}.labels.json")]
+        assert names == ["Anterior", "Posterior"]
+    with pytest.raises(UnreadableFile):
+        convert(labels, tmp_path / "none.nii.gz", table="no_such_model")

@@ -411,7 +411,10 @@ def test_dicom_outputs_lie_on_the_slices_of_the_source_or_say_why_not(tmp_path):
     write_series(tmp_path / "studies" / "c", range(8), StudyInstanceUID="1.2.3.7", SOPClassUID="", **tags)
     names = [one.study for one in run_batch(pipeline, tmp_path / "studies", tmp_path / "out", TORCH)]
     regular, repaired, blank = (json.loads((tmp_path / "out" / name / "manifest.json").read_text()) for name in names)
-    files = ["labels.labelmap.dcm", "labels.nii.gz", "labels.rtstruct.dcm", "labels.seg.dcm", "measurements.sr.dcm"]
+    files = [
+        *("labels.labelmap.dcm", "labels.labels.json", "labels.nii.gz"),
+        *("labels.rtstruct.dcm", "labels.seg.dcm", "measurements.sr.dcm"),
+    ]
     for manifest, name in ((regular, names[0]), (repaired, names[1])):
         assert manifest["status"] == "done", manifest["text"]
         assert [one["file"] for one in manifest["outputs"]] == files

@@ -161,7 +161,7 @@ def test_a_kill_leaves_nothing_in_the_outputs_that_leads_back(tmp_path, monkeypa
     runner.segment(running)
     assert runner.finish(running)["manifest"]["status"] == "done", running.error
     assert [count for count, _ in seen] == [5, 6]  # the slices, and the SEG beside them
-    assert not [name for _, names in seen for name in names if name != "labels.nii.gz"]
+    assert not [name for _, names in seen for name in names if name not in {"labels.nii.gz", "labels.labels.json"}]
     assert (out / "study" / "labels.seg.dcm").is_file()
     assert not [*(tmp_path / "out.private/work").iterdir()]
 

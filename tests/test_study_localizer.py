@@ -185,7 +185,9 @@ def test_an_oblique_study_of_two_channels(tmp_path: Path) -> None:
     assert nothing["warnings"] == ["The localizer found nothing, so nothing was segmented: all is background."]
     empty = medseg.load(folder / "labels.nii.gz")
     assert (empty.grid.matches(image.grid), empty.array.dtype, int(empty.array.max())) == (True, np.uint8, 0)
-    assert [one["file"] for one in nothing["outputs"]] == ["labels.nii.gz", "measurements.json", "measurements.sr.dcm"]
+    assert [one["file"] for one in nothing["outputs"]] == [
+        *("labels.labels.json", "labels.nii.gz", "measurements.json", "measurements.sr.dcm"),
+    ]
     assert str(pydicom.dcmread(folder / "measurements.sr.dcm")).count("Absent") == 1
 
 

@@ -13,6 +13,9 @@ from medseg.errors import InputError
 from medseg.io.files import reading, written_whole
 from medseg.labels import Label
 
+SHIPPED = Path(__file__).parents[1] / "models"
+"""Where the models are that ship."""
+
 
 def write_table(table: Sequence[Label], path: str | os.PathLike[str]) -> None:
     """Write a label table as JSON: a list of value, name, color and SNOMED CT code."""
@@ -21,13 +24,25 @@ def write_table(table: Sequence[Label], path: str | os.PathLike[str]) -> None:
         beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def table_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file that names labels: that of a model for its folder or for the name of one that ships."""
+    path = Path(path)
+    with reading(path):
+        if path.is_dir():
+            return path / "plan.json"
+        shipped = SHIPPED / path.name / "plan.json"
+        return shipped if not path.exists() and str(path) == path.name and shipped.is_file() else path
+
+
 def read_table(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     """Return the label table of a JSON file: a list of labels, or an object with one as "labels", such as a plan.json.
 
+    A model, by its folder or the name of one that ships, has the labels of its plan.
     Raises UnreadableFile where it is missing, InputError (`label_table`) where it is something else.
     """
+    path = table_file(path)
     with reading(path):
-        text = Path(path).read_bytes()
+        text = path.read_bytes()
     try:
         content = json.loads(text)
         table = TypeAdapter(tuple[Label, ...]).validate_python(

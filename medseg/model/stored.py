@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medseg.errors import ModelError
 from medseg.io.files import reading, written_whole
-
-SHIPPED = Path(__file__).parent.parent / "models"
+from medseg.io.label_table import SHIPPED
 
 
 def find_model(name: str | PathLike[str]) -> Path:

@@ -100,7 +100,7 @@ class Pipeline(Strict):
     """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space.
 
     `registration` "rigid" brings channels in another frame of reference than the first into its space; without, they
-    are refused.
+    are refused. `anyway` takes series of another modality than the model's channels.
     """
 
     format: Literal[1]
@@ -111,6 +111,7 @@ class Pipeline(Strict):
     localizer: Localizer | None = None
     registration: Literal["rigid"] | None = None
     mirror: bool = False
+    anyway: bool = False
     cleanup: tuple[Cleanup, ...] = ()
     outputs: tuple[str, ...] = Field(min_length=1)
 
@@ -127,8 +128,10 @@ class Pipeline(Strict):
     @property
     def digest(self) -> str:
         """Return a SHA-256 of all decisions; the content of models has its own."""
-        models: dict[str, Any] = {"model": True, "localizer": {"model"} if self.localizer else True}
-        return hashlib.sha256(self.model_dump_json(exclude=models).encode()).hexdigest()
+        left_out: dict[str, Any] = {"model": True, "localizer": {"model"} if self.localizer else True}
+        if not self.anyway:
+            left_out["anyway"] = True  # so that what was done before there was such a word stays done
+        return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()
 
     def with_models(self, placed: Callable[[str], str]) -> Pipeline:
         """Return the pipeline with each of its models called what `placed` makes of its name."""

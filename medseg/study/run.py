@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,8 +17,10 @@ import medseg
 from medseg.errors import GeometryError, InputError, MedsegError, UnreadableFile, unexpected
 from medseg.io import save
 from medseg.io.dicom_seg import save_dicom_seg
-from medseg.io.dicom_series import Series, read_series
+from medseg.io.dicom_series import Series, read_series, require_modality
+from medseg.io.label_table import write_table
 from medseg.io.rtstruct import save_rtstruct
+from medseg.io.structures import beside
 from medseg.labels import Label
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
 from medseg.process.register import register_rigid
@@ -67,6 +70,7 @@ class Result:
 
 
 def _write_nifti(result: Result, path: Path) -> None:
+    write_table(result.table, beside(path))
     save(result.labels, path)
 
 
@@ -164,25 +168,43 @@ def only_study(studies: Sequence[Study]) -> Study:
 
 
 def segment_job(job: Job, pipeline: Pipeline, model: Model, localizer: Model | None = None) -> None:
-    """Make `job.labels` from `job.image`: the networks, then the clean-up. Raises what `segment` does."""
+    """Make `job.labels` from `job.image`: the networks, then the clean-up.
+
+    Warns where the result is unlike the cases that the model was trained on. Raises what `segment` does, and InputError
+    (`modality`) for a series of another modality than the model's, unless the pipeline says `anyway`.
+    """
     from medseg.model.timing import Report
 
     if job.image is None:
         raise InputError("The study has not been read.")
+    if not pipeline.anyway:
+        _check_modalities(job.series, model)
+    view = job.image.grid
     report = Report()
     if pipeline.localizer is None:
         labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, report=report)
+        view = view if pipeline.roi is None else view.cropped(*view.covering(pipeline.roi))
     elif localizer is None:
         raise InputError("The localizer of the pipeline has not been loaded.")
     else:
         channels = [rule.name for rule in pipeline.channels]
         box, job.facts["localizer"] = localize(job.image, channels, pipeline.localizer, localizer)
         labels = segment_box(job.image, box, model, mirror=pipeline.mirror, report=report)
+        view = view if box is None else view.cropped(*box)
     with report.stage("cleanup"):
         for step in pipeline.cleanup:
             labels = tidy(labels, step, model.plan.labels)
     job.labels = labels
     job.facts |= {"run": report.to_dict()}
+    for text in model.seen.oddities(view, measure(labels, model.plan.labels)) if model.seen else ():
+        warnings.warn(text, stacklevel=1)
+
+
+def _check_modalities(series: Sequence[Series], model: Model) -> None:
+    from medseg.model.intended import modalities_of
+
+    for one, wanted in zip(series, modalities_of(model.plan), strict=False):
+        require_modality(one.modality, wanted)
 
 
 def write_job(job: Job, pipeline: Pipeline, table: tuple[Label, ...], folder: Path) -> None:
