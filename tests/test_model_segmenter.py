@@ -21,7 +21,7 @@ from medseg.model.segmenter import Model, pick_device
 from medseg.model.soft import SoftMaps
 from medseg.model.stored import find_model
 from medseg.model.weights import load_network, save_weights, state_of
-from medseg.process.normalize import Rescale, ZScore
+from medseg.process.normalize import CTNormalization, Rescale, ZScore
 from medseg.volume import Grid, Volume
 
 
@@ -139,6 +139,51 @@ def test_where_the_plan_says_so_only_the_box_around_what_is_not_0_is_looked_at(g
     np.testing.assert_array_equal(soft.probabilities.array[1] > 0.5, expected)
     with pytest.warns(UserWarning, match="has one value everywhere"):
         assert model.segment(image.with_array(array * 0)).array.max() == 0
+
+
+@pytest.mark.parametrize("fill", [0, -1024, 5000])
+@pytest.mark.parametrize("widths", [[(9, 7), (3, 8), (6, 6)], [(0, 12), (0, 0), (0, 0)]])
+def test_what_was_padded_or_taken_off_leaves_the_labels_as_they_are(fill, widths):
+    array = np.random.default_rng(4).normal(100, 10, (1, 14, 16, 18)).astype(np.float32)
+    zscore = (Channel(name="T1", normalization=ZScore()),)
+    model = threshold_model(0, channels=zscore, measured_only=True)
+    found = model.segment(Volume(array, Grid(array.shape[1:], np.eye(4)))).array[0]
+    padded = np.pad(array, [(0, 0), *widths], constant_values=fill)
+    np.testing.assert_array_equal(
+        model.segment(Volume(padded, Grid(padded.shape[1:], np.eye(4)))).array[0], np.pad(found, widths)
+    )
+
+
+def test_a_channel_that_covers_a_part_is_normalized_by_that_part():
+    array = np.random.default_rng(4).normal(100, 10, (2, 14, 16, 18)).astype(np.float32)
+    array[1, :9] = 0
+    plan = threshold_model(
+        0, channels=tuple(Channel(name=name, normalization=ZScore()) for name in "ab"), measured_only=True
+    ).plan
+    prepared = prepare(Volume(array, Grid(array.shape[1:], np.eye(4))), plan).array
+    assert (prepared[1, :9] == 0).all()
+    assert prepared[1, 9:].std() == pytest.approx(1, abs=1e-4)
+    assert prepared[0].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_what_a_ct_was_filled_up_with_is_air():
+    ct = np.random.default_rng(4).normal(40, 30, (1, 14, 16, 18)).astype(np.float32)
+    ct[:, :6, :8] = 0
+    scheme = CTNormalization(lower=-100, upper=300, mean=0, std=100)
+    plan = threshold_model(0, channels=(Channel(name="CT", normalization=scheme),), measured_only=True).plan
+    prepared = prepare(Volume(ct, Grid(ct.shape[1:], np.eye(4))), plan).array
+    assert (prepared[0, :6, :8] == -1).all()
+    np.testing.assert_allclose(prepared[0, 6:], ct[0, 6:].clip(-100, 300) / 100, rtol=1e-6)
+
+
+def test_a_bias_field_is_estimated_from_what_was_measured():
+    i, j, k = np.indices((24, 24, 24))
+    image = (np.random.default_rng(5).normal(100, 3, i.shape) * (1 + i / 24)).astype(np.float32)
+    image[(j < 12) & (k < 12)] = 0
+    channel = (Channel(name="T1", normalization=CTNormalization(mean=0, std=1), bias_correction="n4"),)
+    plan = threshold_model(0, channels=channel, measured_only=True).plan
+    even = prepare(Volume(image[None], Grid(image.shape, np.eye(4))), plan).array[0][image > 0]
+    assert even.std() / even.mean() < 0.5 * image[image > 0].std() / image[image > 0].mean()
 
 
 def test_a_plan_can_keep_the_largest_piece_alone():

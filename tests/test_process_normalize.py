@@ -50,7 +50,7 @@ def test_zscore_inside_the_image_leaves_its_outside_zero():
     assert normalize(array, [ZScore(nonzero=True)])[0, :, 0, 0].tolist() == [0, -1, 1, 0]
     mask = np.array([False, True, True, True]).reshape(4, 1, 1)
     expected = (np.array([1, 3, 0]) - 4 / 3) / np.std([1, 3, 0])
-    np.testing.assert_allclose(normalize(array, [ZScore(nonzero=True)], mask)[0, 1:, 0, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(normalize(array, [ZScore(nonzero=True)], [mask])[0, 1:, 0, 0], expected, rtol=1e-5)
 
 
 def test_constant_and_empty_images_become_zero():

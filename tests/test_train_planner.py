@@ -67,13 +67,12 @@ def test_hippocampus_gets_nnunets_topology_and_a_patch_within_the_case():
     assert plan.network.features == (16, 32, 64, 128)
 
 
-def test_air_of_zeros_is_cropped_where_it_is_a_quarter_of_an_image_or_more():
+def test_a_patch_fits_the_box_around_what_was_measured():
     cases = [facts((4, 4, 2), (128, 128, 128), box=box) for box in ((64, 110, 110), (60, 100, 120), (128, 128, 128))]
     plan = planned(cases)
-    assert plan.crop_nonzero
+    assert (plan.measured_only, plan.crop_nonzero) == (True, False)
     assert plan.patch[0] <= 64
-    assert not planned([facts((4, 4, 2), (128, 128, 128), box=(127, 120, 110))]).crop_nonzero
-    row = next(row for row in explain(fingerprint_of(cases), plan) if row["decision"] == "crop_nonzero")
+    row = next(row for row in explain(fingerprint_of(cases), plan) if row["decision"] == "measured_only")
     assert (row["value"], "37 %" in row["why"]) == ("yes", True)
 
 
@@ -109,11 +108,10 @@ def test_spacing_is_the_median_and_for_very_thick_slices_a_finer_one():
     assert target_spacing([(1, 1, z) for z in (3, 4, 5, 6, 7)]) == pytest.approx((1, 1, 3.4))
 
 
-def test_normalization_follows_the_channels_name_and_the_share_of_zeros():
-    assert normalization("CT", NUMBERS, 1) == CTNormalization(lower=-60, upper=120, mean=40, std=20)
-    assert normalization("ct", NUMBERS, 0.1).kind == "ct"
-    assert normalization("T1", NUMBERS, 0.9) == ZScore(nonzero=False)
-    assert normalization("T1", NUMBERS, 0.5) == ZScore(nonzero=True)
+def test_normalization_follows_the_channels_name():
+    assert normalization("CT", NUMBERS) == CTNormalization(lower=-60, upper=120, mean=40, std=20)
+    assert normalization("ct", NUMBERS).kind == "ct"
+    assert normalization("T1", NUMBERS) == ZScore()
 
 
 def test_a_fingerprint_says_what_the_cases_are(tmp_path):

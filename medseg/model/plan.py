@@ -128,6 +128,8 @@ class Plan(Stored):
     """What a model decides about an image before its network sees it, and what its outputs mean.
 
     With `crop_nonzero` only the smallest box around the voxels that are not 0 is looked at, the rest is background.
+    With `measured_only` it is the box around the voxels that were measured (`process.measured`); those that were not
+    take no part in the statistics of a normalization and become 0 by it, or in a CT channel air.
     An image is reoriented to `orientation` (or left "as_stored"), brought to `spacing_mm` as `resampling` says (without
     it voxels stay as they are), normalized per channel (before that, with `normalize_first`) and cut into tiles of
     `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
@@ -151,6 +153,7 @@ class Plan(Stored):
     resampling: Resampling | None = Resampling()
     normalize_first: bool = False
     crop_nonzero: bool = False
+    measured_only: bool = False
     previous: bool = False
     keep_largest: tuple[tuple[Count, ...], ...] = ()
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()

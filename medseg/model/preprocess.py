@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
@@ -9,7 +11,8 @@ from medseg.errors import InputError
 from medseg.model.plan import Plan
 from medseg.process.bias import correct_bias
 from medseg.process.corners import corner_grid
-from medseg.process.normalize import ZScore, normalize
+from medseg.process.measured import box_around, measured
+from medseg.process.normalize import CTNormalization, Mask, Scheme, ZScore, normalize
 from medseg.process.resample import finite_float32, resample
 from medseg.process.resize import resize, resize_labels, separate_axis
 from medseg.volume import Grid, Volume, box_of
@@ -50,21 +53,49 @@ def prepare(volume: Volume, plan: Plan) -> Volume:
             "give one file per channel, in that order.",
             reason="channels",
         )
-    volume = correct_bias(volume, tuple(channel.bias_correction == "n4" for channel in plan.channels))
-    grid = network_grid(volume.grid, plan)
     schemes = [channel.normalization for channel in plan.channels]
-    mask = None
-    if any(isinstance(scheme, ZScore) and scheme.nonzero for scheme in schemes):
-        mask = (volume.array != 0).any(axis=0)
+    inside = [measured(channel) if plan.measured_only else None for channel in volume.array]
+    volume = correct_bias(volume, tuple(channel.bias_correction == "n4" for channel in plan.channels), inside)
+    grid = network_grid(volume.grid, plan)
+    masks = _masks(volume, schemes, inside, plan)
+    volume = _evened(volume, schemes, inside)
     if plan.normalize_first:
-        holes = None if mask is None else ndimage.binary_fill_holes(mask)
-        normalized = normalize(finite_float32(volume.array), schemes, holes)
+        normalized = normalize(finite_float32(volume.array), schemes, masks)
         return _resampled(volume.with_array(normalized), grid, plan)
-    if mask is not None:
-        share = resample(volume.with_array(mask[None].astype(np.float32)), grid, order=1, fill=0)
-        mask = share.array[0] >= 0.5
+    if plan.measured_only and not volume.grid.is_orthogonal:  # a box around it has corners that no scan reached
+        masks = [np.ones(volume.grid.shape, bool) if mask is None else mask for mask in masks]
     resampled = _resampled(volume, grid, plan)
-    return resampled.with_array(normalize(finite_float32(resampled.array), schemes, mask))
+    there = [None if mask is None else _on_grid(mask, volume, grid) for mask in masks]
+    return resampled.with_array(normalize(finite_float32(resampled.array), schemes, there))
+
+
+def _masks(volume: Volume, schemes: Sequence[Scheme], inside: list[Mask | None], plan: Plan) -> list[Mask | None]:
+    """Return for each channel the voxels that its statistics are taken from; None for all."""
+    if not any(isinstance(scheme, ZScore) and scheme.nonzero for scheme in schemes):
+        return inside
+    mask = (volume.array != 0).any(axis=0)
+    mask = ndimage.binary_fill_holes(mask) if plan.normalize_first else mask
+    return [mask if isinstance(one, ZScore) and one.nonzero else own for one, own in zip(schemes, inside, strict=True)]
+
+
+def _evened(volume: Volume, schemes: Sequence[Scheme], inside: Sequence[Mask | None]) -> Volume:
+    """Return an image in which what was not measured makes no edge for a spline to swing at, and in a CT is air."""
+    if all(mask is None for mask in inside):
+        return volume
+    array = volume.array.astype(np.float32)
+    for channel, scheme, mask in zip(array, schemes, inside, strict=True):
+        if mask is None:
+            continue
+        if not isinstance(scheme, CTNormalization):
+            channel[~mask] = channel[mask].mean(dtype=np.float64)
+        elif scheme.lower is not None:
+            channel[~mask] = np.minimum(channel[~mask], scheme.lower)
+    return volume.with_array(array)
+
+
+def _on_grid(mask: Mask, volume: Volume, grid: Grid) -> Mask:
+    share = resample(volume.with_array(mask[None].astype(np.float32)), grid, order=1, fill=0)
+    return np.asarray(share.array[0] >= 0.5)
 
 
 def with_labels(prepared: Volume, labels: Volume, image: Volume, plan: Plan) -> Volume:
@@ -80,6 +111,15 @@ def with_labels(prepared: Volume, labels: Volume, image: Volume, plan: Plan) -> 
     values = resize_labels(labels.with_array(marked), prepared.grid, separate=separate).array[0]
     channels = [values == label.value for label in plan.labels]
     return prepared.with_array(np.concatenate([prepared.array, np.asarray(channels, np.float32)]))
+
+
+def box_to_see(volume: Volume, plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the (start, stop) indices of the part of an image that a plan looks at."""
+    if plan.crop_nonzero:
+        return nonzero_box(volume)
+    if plan.measured_only:
+        return box_around([measured(channel) for channel in volume.array], volume.grid.shape)
+    return (0, 0, 0), volume.grid.shape
 
 
 def nonzero_box(volume: Volume) -> tuple[tuple[int, ...], tuple[int, ...]]:

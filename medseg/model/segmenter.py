@@ -18,7 +18,7 @@ from medseg.model.intended import Seen, kept_seen, modalities_of
 from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
-from medseg.model.preprocess import nearest_scores, network_grid, nonzero_box, prepare, with_labels
+from medseg.model.preprocess import box_to_see, nearest_scores, network_grid, prepare, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stored import find_model
@@ -133,7 +133,7 @@ class Model:
         if not isinstance(volume, Volume):
             wanted = () if anyway else modalities_of(self.plan)
             volume = load(volume, channels=len(self.plan.channels), modalities=wanted)
-        seen, part, box = _looked_at(volume, roi, crop_nonzero=self.plan.crop_nonzero)
+        seen, part, box = _looked_at(volume, roi, self.plan)
         _check_size(part, self.plan)
         with report.stage("prepare"):
             prepared = prepare(part, self.plan)
@@ -231,14 +231,13 @@ class Model:
         return (tiles.pin_memory() if self.device.type == "cuda" else tiles).to(self.device, non_blocking=True)
 
 
-def _looked_at(volume: Volume, roi: Box | None, *, crop_nonzero: bool) -> tuple[Volume, Volume, tuple[slice, ...]]:
+def _looked_at(volume: Volume, roi: Box | None, plan: Plan) -> tuple[Volume, Volume, tuple[slice, ...]]:
     """Return what is in the box, what of it the network sees, and where in the image that lies."""
     start, stop = ((0, 0, 0), volume.grid.shape) if roi is None else volume.grid.covering(roi)
     part = seen = volume.cropped(start, stop)
-    if crop_nonzero:
-        offset, size = nonzero_box(part)
-        part = part.cropped(offset, size)
-        start, stop = _sum(start, offset), _sum(start, size)
+    offset, size = box_to_see(part, plan)
+    part = part.cropped(offset, size)
+    start, stop = _sum(start, offset), _sum(start, size)
     return seen, part, tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
 
 

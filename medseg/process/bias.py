@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import InputError
 from medseg.volume import Volume
+
+Mask = NDArray[np.bool_]
 
 SHRINK = 4
 """The field is estimated on every fourth voxel along each axis: it is smooth, and N4 takes minutes on all of them."""
@@ -17,10 +21,11 @@ SMALLEST_EDGE = 32
 ITERATIONS = (50, 50, 50, 50)
 
 
-def correct_bias(volume: Volume, channels: tuple[bool, ...]) -> Volume:
+def correct_bias(volume: Volume, channels: tuple[bool, ...], masks: Sequence[Mask | None] | None = None) -> Volume:
     """Return the image as float32 with the bias field divided out of the channels that ask for it.
 
-    The field is estimated where a channel is above Otsu's threshold, by one thread, so that it is the same every time.
+    `masks` says for each channel which voxels (I, J, K) the field may be estimated from, by default all.
+    It is estimated where a channel is above Otsu's threshold, by one thread, so that it is the same every time.
     A channel that is constant stays as it is. Raises InputError (`too_thin`) for an image that is one voxel thick.
     Source: Tustison et al., "N4ITK: improved N3 bias correction", IEEE TMI 2010; SimpleITK's.
     """
@@ -33,13 +38,15 @@ def correct_bias(volume: Volume, channels: tuple[bool, ...]) -> Volume:
             reason="too_thin",
         )
     array = volume.array.astype(np.float32)
-    for place, wanted in enumerate(channels):
+    for place, (wanted, inside) in enumerate(zip(channels, masks or [None] * len(channels), strict=True)):
         if wanted and array[place].min() < array[place].max():
-            array[place] = _corrected(array[place], volume.grid.spacing_mm)
+            array[place] = _corrected(array[place], volume.grid.spacing_mm, inside)
     return volume.with_array(array)
 
 
-def _corrected(channel: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> NDArray[np.float32]:
+def _corrected(
+    channel: NDArray[np.float32], spacing_mm: tuple[float, float, float], inside: Mask | None
+) -> NDArray[np.float32]:
     import SimpleITK
 
     # N4 takes logarithms: what is not positive says nothing of the field.
@@ -48,7 +55,12 @@ def _corrected(channel: NDArray[np.float32], spacing_mm: tuple[float, float, flo
     image = SimpleITK.GetImageFromArray(np.ascontiguousarray(lifted.T))
     image.SetSpacing(spacing_mm)
     factors = [SHRINK if edge >= SMALLEST_EDGE else 1 for edge in channel.shape]
-    mask = SimpleITK.OtsuThreshold(image, 0, 1, 200)
+    if inside is None:
+        mask = SimpleITK.OtsuThreshold(image, 0, 1, 200)
+    else:
+        allowed = SimpleITK.GetImageFromArray(np.ascontiguousarray(inside.T).astype(np.uint8))
+        allowed.CopyInformation(image)
+        mask = SimpleITK.OtsuThreshold(image, allowed, 0, 1, 200, True, 1)
     n4 = SimpleITK.N4BiasFieldCorrectionImageFilter()
     n4.SetNumberOfThreads(1)
     n4.SetMaximumNumberOfIterations(ITERATIONS)

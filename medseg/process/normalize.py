@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SMALLEST_STD = 1e-8
 """A constant image has no spread to divide by; it becomes 0 throughout."""
 
+Mask = NDArray[np.bool_]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -83,39 +84,46 @@ Normalization = Annotated[Scheme, Field(discriminator="kind")]
 
 
 def normalize(
-    array: NDArray[np.float32], schemes: Sequence[Scheme], mask: NDArray[np.bool_] | None = None
+    array: NDArray[np.float32], schemes: Sequence[Scheme], masks: Sequence[Mask | None] | None = None
 ) -> NDArray[np.float32]:
-    """Return float32 channels (C, I, J, K), each normalized by its scheme; `mask` (I, J, K): where the image is not 0.
+    """Return float32 channels (C, I, J, K), each normalized by its scheme.
 
-    The mask is needed by ZScore(nonzero=True) alone, and by default is taken from the array itself.
+    `masks` has a mask (I, J, K) for each channel, or None: of its voxels alone statistics are taken, and what lies
+    outside becomes 0. CT is scaled alike everywhere. With ZScore(nonzero=True) the default is where a channel is not 0.
     """
     result = np.empty_like(array)
-    for channel, scheme, out in zip(array, schemes, result, strict=True):
+    for channel, scheme, mask, out in zip(array, schemes, masks or [None] * len(array), result, strict=True):
         if isinstance(scheme, Chain):
             out[...] = channel
             for step in scheme.steps:
-                out[...] = normalize(out[None], [step], mask)[0]
+                out[...] = normalize(out[None], [step], [mask])[0]
         elif isinstance(scheme, CTNormalization):
             low = -np.inf if scheme.lower is None else scheme.lower
             np.clip(channel, low, np.inf if scheme.upper is None else scheme.upper, out=out)
             np.subtract(out, scheme.mean, out=out)
             np.divide(out, scheme.std, out=out)
         elif isinstance(scheme, Rescale):
-            np.subtract(channel, channel.min(), out=out)
-            np.divide(out, max(float(out.max()), SMALLEST_STD), out=out)
-            if (scheme.lowest, scheme.highest) != (0, 1):
-                np.multiply(out, scheme.highest - scheme.lowest, out=out)
-                np.add(out, scheme.lowest, out=out)
-        elif isinstance(scheme, NonzeroZScore) or scheme.nonzero:
-            inside = channel != 0 if mask is None or isinstance(scheme, NonzeroZScore) else mask
-            values = channel[inside] if inside.any() else np.zeros(1, np.float32)
-            out[...] = np.where(inside, _standardized(channel, values), 0)
+            _rescale(channel, scheme, mask, out)
         else:
-            out[...] = _standardized(channel, channel)
+            found = isinstance(scheme, NonzeroZScore) or (scheme.nonzero and mask is None)
+            _standardize(channel, channel != 0 if found else mask, out)
     return result
 
 
-def _standardized(channel: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:
-    mean = values.mean(dtype=np.float64)
-    std = values.std(dtype=np.float64)
-    return np.asarray((channel - mean) / max(std, SMALLEST_STD), dtype=np.float32)
+def _rescale(channel: NDArray[np.float32], scheme: Rescale, mask: Mask | None, out: NDArray[np.float32]) -> None:
+    values = channel if mask is None or not mask.any() else channel[mask]
+    np.subtract(channel, values.min(), out=out)
+    np.divide(out, max(float(values.max() - values.min()), SMALLEST_STD), out=out)
+    if (scheme.lowest, scheme.highest) != (0, 1):
+        np.multiply(out, scheme.highest - scheme.lowest, out=out)
+        np.add(out, scheme.lowest, out=out)
+    if mask is not None:
+        out[~mask] = 0
+
+
+def _standardize(channel: NDArray[np.float32], mask: Mask | None, out: NDArray[np.float32]) -> None:
+    values = channel if mask is None else channel[mask] if mask.any() else np.zeros(1, np.float32)
+    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    out[...] = (channel - mean) / max(std, SMALLEST_STD)
+    if mask is not None:
+        out[~mask] = 0

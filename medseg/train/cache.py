@@ -19,7 +19,7 @@ from medseg.errors import DatasetError, MedsegError, OutputError
 from medseg.io.files import written_whole
 from medseg.labels import label_map
 from medseg.model.plan import Plan
-from medseg.model.preprocess import nonzero_box, prepare
+from medseg.model.preprocess import box_to_see, prepare
 from medseg.process.resample import resample_labels
 from medseg.train.check import read_case
 from medseg.train.dataset import Case
@@ -45,6 +45,7 @@ FILES = {"image": "image.b2nd", "target": "target.b2nd", "places": "places.npy"}
 
 PREPARING = {
     "channels", "labels", "regions", "orientation", "spacing_mm", "resampling", "normalize_first", "crop_nonzero",
+    "measured_only",
 }  # fmt: skip
 """The fields of a plan that decide what a prepared case is."""
 
@@ -190,9 +191,8 @@ def equal_parts(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
 
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
     image, labels = read_case(case)
-    if plan.crop_nonzero:
-        box = nonzero_box(image)
-        image, labels = image.cropped(*box), labels.cropped(*box)
+    box = box_to_see(image, plan)
+    image, labels = image.cropped(*box), labels.cropped(*box)
     prepared = prepare(image, plan)
     values = label_map(resample_labels(labels, prepared.grid))
     target = _class_numbers(values, values_of(plan.labels, plan.regions), case.ignore)

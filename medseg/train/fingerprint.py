@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from medseg.labels import Label, label_map
 from medseg.model.intended import Range, Seen
 from medseg.model.plan import Region
-from medseg.model.preprocess import nonzero_box
 from medseg.model.stored import Stored
+from medseg.process.measured import box_around, measured
 from medseg.train.check import Findings, check_case, check_together, unseen
 from medseg.train.dataset import Case, Dataset, refuse
 from medseg.train.parallel import Progress, side_by_side
@@ -28,11 +28,12 @@ SAMPLES_PER_CASE = 10_000
 
 
 class CaseFacts(BaseModel):
-    """One case in canonical orientation (RAS): its shape, spacing, what of it is not 0, and label counts.
+    """One case in canonical orientation (RAS): its shape, spacing, what of it was measured, and label counts.
 
-    `box` is the shape of the smallest box around the voxels that are not 0 in some channel, `nonzero` their share of
-    the whole image. `label_voxels` counts the values of the label file, but for 0 and what is to be ignored;
-    `label_places` says where each label lies (nothing in files of older versions).
+    `box` is the shape of the smallest box around the voxels that were measured in some channel (`process.measured`),
+    `measured` their share of the whole image (older files call it `nonzero`). `label_voxels` counts the values of the
+    label file, but for 0 and what is to be ignored; `label_places` says where each lies (nothing in files of older
+    versions).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +41,7 @@ class CaseFacts(BaseModel):
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     box: tuple[int, int, int]
-    nonzero: float
+    measured: float = Field(validation_alias=AliasChoices("measured", "nonzero"))
     label_voxels: dict[int, int]
     label_places: dict[int, LabelPlace] = {}
 
@@ -154,17 +155,24 @@ def _look(case: Case, dataset: Dataset) -> tuple[Findings, CaseFacts | None, NDA
     values = label_map(labels)
     numbers, counts = np.unique(values, return_counts=True)
     canonical = image.grid.reoriented("RAS")
-    inside = image.cropped(*nonzero_box(image))
+    masks = [measured(channel) for channel in image.array]
+    inside = image.grid.cropped(*box_around(masks, image.grid.shape))
+    share = float(
+        np.mean(np.any([np.broadcast_to(True if mask is None else mask, values.shape) for mask in masks], axis=0))
+    )
     voxels = {int(number): int(count) for number, count in zip(numbers, counts, strict=True)}
     facts = CaseFacts(
         shape=canonical.shape,
         spacing_mm=canonical.spacing_mm,
-        box=inside.grid.reoriented("RAS").shape,
-        nonzero=float(np.count_nonzero((inside.array != 0).any(axis=0)) / math.prod(image.grid.shape)),
+        box=inside.reoriented("RAS").shape,
+        measured=share,
         label_voxels={number: count for number, count in voxels.items() if number not in {0, case.ignore}},
         label_places=places_of(values, image.grid, dataset.meaning.members),
     )
     marked = values != 0 if case.ignore is None else (values != 0) & (values != case.ignore)
+    for mask in masks:
+        if mask is not None and (marked & mask).any():
+            marked &= mask
     return findings, facts, _sample(image, np.flatnonzero(marked))
 
 

@@ -24,9 +24,6 @@ ANISOTROPY = 3.0
 SMALLEST_MAP = 4
 """Voxels that the coarsest feature map keeps along each axis."""
 
-BOX_SHARE = 0.75
-"""Share of an image from which on cropping to the box around what is not 0 is not worth it."""
-
 MOST_FEATURES = 256
 
 Numbers = tuple[float, float, float]
@@ -62,23 +59,21 @@ FIXED = Capacity()
 def make_plan(fingerprint: Fingerprint, capacity: Capacity = FIXED) -> Plan:
     """Return the plan for a dataset and a device: spacing, patch, network and normalization, each by its rule."""
     spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
-    crop = crops_nonzero(fingerprint.cases)
-    shape = median_shape(fingerprint.cases, spacing, crop=crop)
+    shape = median_shape(fingerprint.cases, spacing)
     widest = first_patch(shape, spacing, capacity.voxels)
     kernels, strides = topology(widest, spacing)
     patch = divisible_patch(widest, _triple(np.prod(strides, axis=0).tolist()))
-    nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
     features = tuple(min(MOST_FEATURES, capacity.features * 2**level) for level in range(len(strides)))
     return Plan(
         name=fingerprint.name,
         channels=tuple(
-            Channel(name=name, normalization=normalization(name, numbers, nonzero))
+            Channel(name=name, normalization=normalization(name, numbers))
             for name, numbers in zip(fingerprint.channels, fingerprint.intensities, strict=True)
         ),
         labels=fingerprint.labels,
         regions=fingerprint.regions,
         spacing_mm=spacing,
-        crop_nonzero=crop,
+        measured_only=True,
         patch=patch,
         mirror_axes=mirror_axes(fingerprint.labels, fingerprint.cases),
         network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
@@ -91,18 +86,17 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
     A value that is not what `make_plan` decides with this capacity is said to be the user's.
     """
     spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
-    shape = median_shape(fingerprint.cases, plan.spacing_mm, crop=plan.crop_nonzero)
-    boxes, most = 100 * _median_box(fingerprint.cases), 100 * BOX_SHARE
-    nonzero = float(np.median([case.nonzero for case in fingerprint.cases]))
+    shape = median_shape(fingerprint.cases, plan.spacing_mm)
+    boxes, inside = (float(np.median([one(case) for case in fingerprint.cases])) for one in (_box_share, _measured))
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.unet.kernels)
     low, high = (_joined(np.percentile(spacings, share, axis=0)) for share in (0, 100))
     median = _joined(np.median(spacings, axis=0))
     reasons = {
         "orientation": (plan.orientation, "fixed: every image is turned the same way before anything else"),
         "spacing_mm": (_joined(plan.spacing_mm), f"rule: median of the cases is {median} mm, from {low} to {high}"),
-        "crop_nonzero": (
-            "yes" if plan.crop_nonzero else "no",
-            f"rule: the box around what is not 0 holds {boxes:.0f} % of the median image; yes up to {most:.0f} %",
+        "measured_only": (
+            "yes" if plan.measured_only else "no",
+            f"fixed: the box around what was measured is looked at, {boxes:.0f} % of the median image",
         ),
         "patch": (
             _joined(plan.patch),
@@ -114,7 +108,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         ),
         "channels": (
             ", ".join(_treatment(channel) for channel in plan.channels),
-            f"rule: CT by the numbers of the dataset, others by their own; {100 * nonzero:.0f} % of an image is not 0",
+            f"rule: CT by the numbers of the dataset, others by their own; {inside:.0f} % of an image was measured",
         ),
         "mirror_axes": (_joined(plan.mirror_axes) or "none", _why_mirrored(fingerprint)),
         "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
@@ -161,24 +155,17 @@ def target_spacing(spacings_mm: Sequence[Numbers]) -> Numbers:
     return float(target[0]), float(target[1]), float(target[2])
 
 
-def crops_nonzero(cases: Sequence[CaseFacts]) -> bool:
-    """Return whether only the box around the voxels that are not 0 is looked at: where it is 3/4 of an image or less.
-
-    Rule-based (nnU-Net, supplementary note 2, crops always): air that was set to 0 costs time and teaches nothing.
-    """
-    return _median_box(cases) <= BOX_SHARE
+def _box_share(case: CaseFacts) -> float:
+    return float(100 * np.prod(case.box) / np.prod(case.shape))
 
 
-def _median_box(cases: Sequence[CaseFacts]) -> float:
-    return float(np.median([np.prod(case.box) / np.prod(case.shape) for case in cases]))
+def _measured(case: CaseFacts) -> float:
+    return 100 * case.measured
 
 
-def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers, *, crop: bool = False) -> Triple:
-    """Return the median shape of the cases (or of the boxes they are cropped to) at `spacing_mm`. Rule-based."""
-    extents = [
-        np.asarray(case.box if crop else case.shape) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm)
-        for case in cases
-    ]
+def median_shape(cases: Sequence[CaseFacts], spacing_mm: Numbers) -> Triple:
+    """Return the median shape, at `spacing_mm`, of the boxes around what was measured of the cases. Rule-based."""
+    extents = [np.asarray(case.box) * np.asarray(case.spacing_mm) / np.asarray(spacing_mm) for case in cases]
     i, j, k = np.maximum(1, np.round(np.median(extents, axis=0))).astype(int).tolist()
     return i, j, k
 
@@ -234,15 +221,12 @@ def topology(patch: Triple, spacing_mm: Numbers) -> tuple[tuple[Triple, ...], tu
     return tuple(kernels), tuple(strides)
 
 
-def normalization(channel: str, numbers: Intensities, nonzero: float) -> CTNormalization | ZScore:
-    """Return how a channel is normalized: CT by the dataset's numbers, all else by its own.
-
-    Rule-based: statistics are taken inside the image where more than a quarter of it is 0 (a stripped skull).
-    """
+def normalization(channel: str, numbers: Intensities) -> CTNormalization | ZScore:
+    """Return how a channel is normalized: CT by the dataset's numbers, all else by its own. Rule-based."""
     if channel.casefold() == "ct":
         std = max(numbers.std, 1e-6)
         return CTNormalization(lower=numbers.percentile_00_5, upper=numbers.percentile_99_5, mean=numbers.mean, std=std)
-    return ZScore(nonzero=nonzero < 0.75)
+    return ZScore()
 
 
 def mirror_axes(labels: Sequence[Label], cases: Sequence[CaseFacts] = ()) -> tuple[int, ...]:
