@@ -6,7 +6,8 @@ Heights are numbers of slices as fractions, so that 1 is the step between two sl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ SAME_HEIGHT = 0.02
 
 LEFT_OUT = {
     "unreadable": "have coordinates that are missing or are not numbers in threes",
-    "open": "are open lines or points",
+    "open": "are open lines, points, or of a type that is missing or unknown",
     "askew": "are not parallel to the slices",
     "outside": "lie outside the source",
 }
@@ -51,11 +52,14 @@ Image = tuple[str, int]
 
 @dataclass(frozen=True)
 class Slices:
-    """Where contours go: the slices of a series at these k of its grid; `numbers` finds them by what names them."""
+    """Where contours go: the slices of a series at these k of its grid.
+
+    `numbers` finds them by what names them; without, no contour is asked whether it lies on the slice that it names.
+    """
 
     grid: Grid
     heights: Heights
-    numbers: Mapping[Image, int]
+    numbers: Mapping[Image, int] = field(default_factory=dict)
 
     def index(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return (i, j, number of the slice) of points in LPS mm."""
@@ -64,13 +68,18 @@ class Slices:
         return index
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Drawn:
-    """A closed contour: its line in voxels of a slice, its height, and the image that it names."""
+    """A closed contour, its line in voxels of a slice, and its height."""
 
+    contour: Dataset
     line: Polygon
     height: float
-    image: Image
+
+    @cached_property
+    def image(self) -> Image:
+        """Return the image that the contour names; few are asked, and to find out takes as long as to fill it."""
+        return image_of(self.contour)
 
 
 def covered(contours: Sequence[Dataset], slices: Slices, value: int, found: Found) -> NDArray[np.intp]:
@@ -88,7 +97,8 @@ def covered(contours: Sequence[Dataset], slices: Slices, value: int, found: Foun
             found["outside"][value] += len(plane)
             continue
         found["between" if _off(plane, k) else "used"][value] += len(plane)
-        found["elsewhere"][value] += sum(slices.numbers.get(one.image, k) != k for one in plane)
+        if slices.numbers:
+            found["elsewhere"][value] += sum(slices.numbers.get(one.image, k) != k for one in plane)
         on_slice.setdefault(k, []).append(plane)
     inside = [_inside(plane, k, slices.grid) for k, planes in on_slice.items() for plane in _joined(planes, k)]
     return np.unique(np.concatenate(inside)) if inside else np.zeros(0, np.intp)
@@ -122,7 +132,7 @@ def _drawn(contour: Dataset, slices: Slices, value: int, found: Found) -> _Drawn
     low, high = index[:, :2].min(axis=0), index[:, :2].max(axis=0)
     found["cut"][value] += bool((low < -1).any() or (high > slices.grid.shape[:2]).any())
     found["miscounted"][value] += whole(contour, "NumberOfContourPoints") not in {None, len(points)}
-    return _Drawn(index[:, :2], float(index[:, 2].mean()), image_of(contour))
+    return _Drawn(contour, index[:, :2], float(index[:, 2].mean()))
 
 
 def _points(contour: Dataset) -> NDArray[np.float64] | None:
@@ -139,7 +149,7 @@ def _points(contour: Dataset) -> NDArray[np.float64] | None:
 
 def _kind(contour: Dataset, index: NDArray[np.float64], grid: Grid) -> str:
     """Return why a contour is left out wherever it goes, "" for none of the reasons."""
-    corners = len(index) - bool(len(index) > 1 and np.allclose(index[0], index[-1], atol=1e-6))
+    corners = len(index) - bool(len(index) > 1 and np.abs(index[0] - index[-1]).max() < 1e-6)
     if contour.get("ContourGeometricType") not in CLOSED or corners < 3:
         return "open"
     if np.ptp(index[:, 2]) > BETWEEN_SLICES:
@@ -164,7 +174,7 @@ def _parted(drawn: Sequence[_Drawn], gap: float) -> Iterator[list[_Drawn]]:
     runs = [run]
     for below, above in pairwise(drawn):
         step = above.height - below.height
-        if step > gap or (step > SAME_HEIGHT and _differ(below.image, above.image)):
+        if step > gap or (step > SAME_HEIGHT and _differ(below, above)):
             run = []
             runs.append(run)
         run.append(above)
@@ -180,14 +190,15 @@ def _joined(planes: Sequence[list[_Drawn]], k: int) -> list[list[_Drawn]]:
 
     Where some of them lie between slices, or they name different images, they come from another series: they add up.
     """
-    images = {one.image for plane in planes for one in plane if one.image[0]}
-    if len(planes) < 2 or len(images) > 1 or any(_off(plane, k) for plane in planes):
+    if len(planes) < 2 or any(_off(plane, k) for plane in planes):
+        return [*planes]
+    if len({one.image for plane in planes for one in plane if one.image[0]}) > 1:
         return [*planes]
     return [[*chain.from_iterable(planes)]]
 
 
-def _differ(image: Image, other: Image) -> bool:
-    return bool(image[0] and other[0]) and image != other
+def _differ(one: _Drawn, other: _Drawn) -> bool:
+    return bool(one.image[0] and other.image[0]) and one.image != other.image
 
 
 def _height(plane: Sequence[_Drawn]) -> float:

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -276,20 +277,21 @@ def _contour(points: NDArray[np.float64], image: DataElement) -> Dataset:
 def _parts(data: Dataset, series: Series, path: Path, wanted: Wanted) -> tuple[list[Part], Found]:
     """Return each structure with the flat indices into (slices, rows, columns) it covers, and what was met."""
     found: Found = defaultdict(Counter)
-    slices = _slices(series)
+    slices = Slices(located(series)[1], series.heights)
+    named = replace(slices, numbers=_numbers(series))
     parts: list[Part] = []
     for label, roi, contours in _structures(data, found):
         if not wanted(label.name):
             found["repeated"].pop(label.value, None)
             continue
         images = partial(_images, data, roi, contours)
-        if other_frame_of_reference(_frame(data, roi), series, path, images):
-            found["frame"][label.value] += 1
-        places = covered(contours, slices, label.value, found)
+        of_its_own = other_frame_of_reference(_frame(data, roi), series, path, images)
+        found["frame"][label.value] += of_its_own
+        places = covered(contours, named if of_its_own else slices, label.value, found)
         if not places.size and not found["repeated"][label.value]:
             found["empty" if contours else "undrawn"][label.value] += 1
         parts.append((label, places))
-    if any(found["elsewhere"][value] for value in found["frame"]):
+    if found["elsewhere"].total():
         raise frame_of_reference_error(path)
     return parts, found
 
@@ -329,14 +331,13 @@ def _color(items: Sequence[Dataset], value: int) -> str:
     return PALETTE[(value - 1) % len(PALETTE)]
 
 
-def _slices(series: Series) -> Slices:
-    _, grid = located(series)
-    numbers: dict[Image, int] = {}
-    for number, part in enumerate(series.slices):
-        numbers[part.sop_instance_uid, part.frame + 1] = numbers[part.sop_instance_uid, 0] = number
-    if len(numbers) < 2 * len(series.slices):  # several frames in a file: without a number it is unknown which
-        numbers = {image: number for image, number in numbers.items() if image[1]}
-    return Slices(grid, series.heights, numbers)
+def _numbers(series: Series) -> dict[Image, int]:
+    """Return the numbers of slices by what names them; of several frames in a file only what says which is meant."""
+    images = [(part.sop_instance_uid, part.frame + 1) for part in series.slices]
+    numbers: dict[Image, int] = {image: number for number, image in enumerate(images)}
+    if len({uid for uid, _ in images}) == len(images):
+        numbers |= {(uid, 0): number for number, (uid, _) in enumerate(images)}
+    return numbers
 
 
 def _frame(data: Dataset, roi: Dataset) -> str:
