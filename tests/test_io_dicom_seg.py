@@ -606,8 +606,8 @@ def test_run_lengths_of_single_bits_are_decoded(source: Path, share_bytes: bool)
 @pytest.mark.parametrize(
     ("syntax", "reason", "told"),
     [
-        (MPEG2MPML, "compressed_no_codec", r"MPEG2 .* no installed package decodes that. Install the decoders"),
-        (RLELossless, "undecodable", "No installed decoder can decode the frames of the SEG"),
+        (MPEG2MPML, "compressed_unknown", r"MPEG2 .* no package that medseg can use decodes that"),
+        (RLELossless, "undecodable", r"No installed decoder can decode the pixels \(RLE"),
     ],
 )
 def test_frames_that_nothing_decodes_are_not_called_damaged(source: Path, syntax: str, reason: str, told: str) -> None:

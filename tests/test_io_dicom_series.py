@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.misc import is_dicom
-from pydicom.uid import MPEG2MPML, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from medseg.errors import MedsegError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_header import silence
@@ -286,15 +286,6 @@ class TestRefusals:
             read(tmp_path)
         assert caught.value.reason == "mixed_matrix"
 
-    @pytest.mark.parametrize("syntax", [JPEGLSLossless, MPEG2MPML])
-    def test_decoder_is_not_installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str) -> None:
-        monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.is_available", False)
-        write_series(tmp_path, each=lambda k: {"PixelData": pydicom.encaps.encapsulate([b"1234"])}, syntax=syntax)
-        assert find_series(tmp_path)[0].refusal is None
-        with pytest.raises(SeriesRefused, match="Install the decoders") as caught:
-            read(tmp_path)
-        assert caught.value.reason == "compressed_no_codec"
-
 
 class TestMissingAttributes:
     """What is missing and says nothing about the pixels is not asked for."""
@@ -401,7 +392,7 @@ class TestDamage:
             with pytest.raises((UnreadableFile, SeriesRefused)):  # headers alone tell
                 choose(tmp_path)
 
-    @pytest.mark.parametrize(("length", "text"), [(-1, "cut short or damaged"), (300, "before it names its series")])
+    @pytest.mark.parametrize(("length", "text"), [(-1, "pixels .* are cut short"), (300, "before it names its series")])
     def test_cut_file_is_named_by_its_path_alone(self, tmp_path: Path, length: int, text: str) -> None:
         write_series(tmp_path)
         path = sorted(tmp_path.iterdir())[2]
@@ -415,7 +406,7 @@ class TestDamage:
         write_series(tmp_path)
         part = find_series(tmp_path)[0].slices[0]
         part.path.write_text("not DICOM")
-        with pytest.raises(UnreadableFile, match="cut short or damaged"):
+        with pytest.raises(UnreadableFile, match="is not DICOM"):
             read_pixels(part.path)
 
     def test_flipped_header_bytes_raise_what_medseg_raises(self, tmp_path: Path) -> None:

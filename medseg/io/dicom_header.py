@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from medseg.errors import UnreadableFile
 from medseg.io.files import reading
@@ -104,6 +104,12 @@ def parsing(path: Path) -> Iterator[None]:
     try:
         with reading(path), silence():
             yield
+    except MemoryError as error:
+        raise UnreadableFile(
+            "A DICOM file asks for more memory than there is: it is damaged, or larger than this machine can read.",
+            path=path,
+            reason="too_large",
+        ) from error
     except damage() as error:
         raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path) from error
 
@@ -120,11 +126,6 @@ def silence() -> Iterator[None]:
             yield
     finally:
         log.removeFilter(nothing)
-
-
-def begins_as_dicom(file: IO[bytes]) -> bool:
-    """Return whether a file that was opened just now begins as DICOM files do (PS3.10 7.1)."""
-    return file.read(132)[128:] == b"DICM"
 
 
 def damage() -> tuple[type[Exception], ...]:

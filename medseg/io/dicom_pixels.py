@@ -2,59 +2,130 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from medseg.errors import SeriesRefused, UnreadableFile
+from medseg.errors import UnreadableFile
+from medseg.io.dicom_compressed import UNKNOWN_SYNTAX, compression_problem, decoded_frames, whole_parts
+from medseg.io.dicom_file import (
+    ITEM,
+    LARGEST_PIXELS,
+    PIXELS,
+    UNCOMPRESSED,
+    UNDEFINED,
+    Found,
+    Parsed,
+    read_data,
+    unpacked,
+)
+from medseg.io.dicom_geometry import Problem
 from medseg.io.dicom_header import Header, parsing
+from medseg.io.dicom_refusals import LAYOUT, Pixels
 from medseg.volume import Array
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
+PIXEL_DATA = 0x7FE00010
+GE_BIG_ENDIAN = "1.2.840.113619.5.2"
+"""A transfer syntax of GE: the header as in implicit VR, the pixels big-endian words."""
 
-CODECS = 'the decoders with: pip install "medseg[codecs]"'
-
-PIXEL_DATA = b"\xe0\x7f\x10\x00"
-"""The tag of PixelData (7FE0,0010) in little-endian order."""
+PIXEL_REASONS = frozenset({
+    *("no_pixels", "missing_attribute", "bit_layout", "transfer_syntax", "too_large"),
+    *("compressed_no_codec", "compressed_unknown"),
+})  # fmt: skip
+"""Reasons that say of a slice how its pixels are stored, and not what it shows."""
 
 
 class Native(NamedTuple):
-    """Where the element with uncompressed pixels starts in its file, the bytes before its values, and their layout."""
+    """Where the element with uncompressed pixels starts, the bytes before its values, and their layout.
+
+    In a deflated file it starts there in what the file unpacks to from `packed_from` on.
+    """
 
     start: int
     head: bytes
     shape: tuple[int, int]
     dtype: str
     unused_bits: int
+    packed_from: int | None
 
 
-def locate(file: BinaryIO, data: Dataset, header: Header) -> Native | None:
-    """Return where the pixels of a file begin that was parsed up to them; None where they need pydicom.
+class Located(NamedTuple):
+    """What a file has for pixels, where, what forbids to read them as they are stored, and whether all are there."""
 
-    Those are compressed, big-endian, color or cut short, and layouts that the standard does not know.
+    kind: Pixels
+    native: Native | None = None
+    problem: Problem | None = None
+    are_whole: bool = True
+
+
+def locate(parsed: Parsed, found: Found, header: Header, frames: int) -> Located:
+    """Return where the pixels of a file begin that was parsed up to them.
+
+    Those that are compressed or in layouts that are rare are "decoded", by pydicom. How the element is encoded is what
+    the parser found there. An element of known length holds no compressed pixels (PS3.5 A.4), whatever the file says.
     """
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    if found.tag != PIXEL_DATA:
+        return Located("float" if found.tag in PIXELS else "none")
+    start = parsed.stream.tell()
+    head = parsed.stream.read(_head_bytes(found.vr))
+    is_compressed = found.length == UNDEFINED
+    if not is_compressed and parsed.syntax not in UNCOMPRESSED:
+        is_compressed = parsed.stream.read(4) == ITEM
+        parsed.stream.seek(start + len(head))
+    size = None if parsed.packed_from is not None else os.fstat(parsed.stream.fileno()).st_size
+    if is_compressed:
+        problem = compression_problem(parsed.syntax, parsed.stream, header)
+        parsed.stream.seek(start + len(head))
+        return Located("decoded", None, problem, problem is not None or whole_parts(parsed.stream, size) >= frames)
+    order = _byte_order(parsed)
+    if order is None:
+        return Located("stored", problem=UNKNOWN_SYNTAX)
+    left = LARGEST_PIXELS if size is None else size - start - len(head)
+    native = Native(start, head, (0, 0), order, 0, parsed.packed_from)
+    return _layout(parsed, header, native, frames, found.length, left)
 
-    syntax = data.file_meta.get("TransferSyntaxUID")
-    start, head = file.tell(), file.read(12 if syntax == ExplicitVRLittleEndian else 8)
-    names = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
-    numbers = [header.number(name) for name in names]
-    if syntax not in {ExplicitVRLittleEndian, ImplicitVRLittleEndian} or head[:4] != PIXEL_DATA:
+
+def _head_bytes(vr: str | None) -> int:
+    """Return how many bytes stand before the value of an element."""
+    from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
+
+    return 12 if vr in EXPLICIT_VR_LENGTH_32 else 8
+
+
+def _byte_order(parsed: Parsed) -> str | None:
+    """Return the byte order of uncompressed pixels; None for a transfer syntax that is not known."""
+    from pydicom.uid import UID
+
+    if parsed.syntax == GE_BIG_ENDIAN and parsed.implicit:
+        return ">"
+    if parsed.syntax and not UID(parsed.syntax).is_transfer_syntax:
         return None
+    return "<" if parsed.little_endian else ">"
+
+
+def _layout(parsed: Parsed, header: Header, native: Native, frames: int, length: int, left: int) -> Located:
+    """Return `native`, which has the byte order for a type, with the layout that the header states.
+
+    The element says that it has `length` bytes, and the file has `left` behind its head.
+    """
+    numbers = [header.number(name) for name in LAYOUT]
     if not all(number.is_integer() for number in numbers):
-        return None
+        return Located("decoded", are_whole=length <= left)
     rows, columns, allocated, stored, signed = map(int, numbers)
+    if native.dtype == ">" and allocated == 8:
+        # Pairs of bytes may have changed places, which pydicom knows; of the syntax of GE nobody does.
+        return Located("decoded", problem=UNKNOWN_SYNTAX if parsed.implicit else None, are_whole=length <= left)
     if allocated not in {8, 16, 32} or not 1 <= stored <= allocated or signed not in {0, 1}:
-        return None
-    length = int.from_bytes(head[-4:], "little")
-    wanted = rows * columns * header.number("NumberOfFrames", blank=1) * header.number("SamplesPerPixel", blank=1)
-    if length == 0xFFFFFFFF or not 0 < wanted * allocated / 8 <= length:
-        return None
-    return Native(start, head, (rows, columns), f"<{'ui'[signed]}{allocated // 8}", allocated - stored)
+        return Located("decoded", are_whole=length <= left)
+    dtype = f"{native.dtype}{'ui'[signed]}{allocated // 8}"
+    native = native._replace(shape=(rows, columns), dtype=dtype, unused_bits=allocated - stored)
+    size = rows * columns * frames * allocated // 8
+    said_otherwise = parsed.syntax not in {*UNCOMPRESSED, GE_BIG_ENDIAN, ""}
+    problem = UNKNOWN_SYNTAX if said_otherwise and length != size + size % 2 else None
+    return Located("stored", native, problem, are_whole=0 < size <= min(length, left))
 
 
 def read_pixels(path: Path, frames: Sequence[int] = (0,), native: Native | None = None) -> list[Array]:
@@ -63,16 +134,22 @@ def read_pixels(path: Path, frames: Sequence[int] = (0,), native: Native | None 
     `native` is what `locate` found, which saves parsing the file again. Nothing is rescaled. The values of MONOCHROME1
     are left as they are, too: it asks to show them inverted, and says nothing about what they mean
     (PS3.3 C.7.6.3.1.2).
-    Raises SeriesRefused where a decoder is not installed, UnreadableFile where pixels are missing or damaged.
+    Raises what `decoded_frames` raises, and UnreadableFile where pixels are missing or damaged.
     """
     with parsing(path):
-        return [*(_decoded(path, frames) if native is None else _straight(path, frames, native))]
+        if native is not None:
+            return [*_straight(path, frames, native)]
+        return [*decoded_frames(read_data(path, pixels=True), frames)]
 
 
 def _straight(path: Path, frames: Sequence[int], native: Native) -> Iterator[Array]:
     dtype = np.dtype(native.dtype)
     size = native.shape[0] * native.shape[1] * dtype.itemsize
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as opened:
+        file: BinaryIO = opened
+        if native.packed_from is not None:
+            opened.seek(native.packed_from)
+            file = unpacked(opened, LARGEST_PIXELS + native.start)
         file.seek(native.start)
         if file.read(len(native.head)) != native.head:
             raise UnreadableFile("A DICOM file has changed while it was read. Read it again.", path=path)
@@ -80,28 +157,3 @@ def _straight(path: Path, frames: Sequence[int], native: Native) -> Iterator[Arr
             file.seek(native.start + len(native.head) + frame * size)
             values = np.frombuffer(file.read(size), dtype).reshape(native.shape)
             yield values << native.unused_bits >> native.unused_bits if native.unused_bits else values
-
-
-def _decoded(path: Path, frames: Sequence[int]) -> Iterator[Array]:
-    from pydicom import dcmread
-    from pydicom.pixels.utils import iter_pixels
-
-    data = dcmread(BytesIO(path.read_bytes()), force=True)
-    syntax = data.file_meta.TransferSyntaxUID
-    if not has_decoder(syntax):
-        raise SeriesRefused(
-            f"The pixels are compressed ({syntax.name}) and no installed package decodes that. Install {CODECS}.",
-            path=path,
-            reason="compressed_no_codec",
-        )
-    yield from iter_pixels(data, raw=True, indices=[*frames])
-
-
-def has_decoder(syntax: str) -> bool:
-    """Return whether an installed package decodes a transfer syntax."""
-    from pydicom.pixels.decoders.base import get_decoder
-
-    try:
-        return bool(get_decoder(syntax).is_available)
-    except NotImplementedError:
-        return False

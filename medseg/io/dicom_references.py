@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError, OutputError, UnreadableFile
+from medseg.errors import GeometryError, InputError, OutputError
+from medseg.io.dicom_file import read_data
 from medseg.io.dicom_geometry import LPS_TO_RAS
 from medseg.io.dicom_header import parsing, silence
 from medseg.io.dicom_series import Series, choose
@@ -86,15 +87,7 @@ def read_object(path: Path, modality: str, content: str, *, pixels: bool = True)
 
     Raises UnreadableFile for files that are not DICOM, InputError (`not_seg`, `not_rtstruct`) for other objects.
     """
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        data = dcmread(path, stop_before_pixels=not pixels)
-    except InvalidDicomError as error:
-        raise UnreadableFile(
-            "Expected a DICOM object; this file is not DICOM. Pass the object, or export it again.", path=path
-        ) from error
+    data = read_data(path, pixels=pixels)
     if data.get("Modality") != modality or content not in data:
         name = {"SEG": "a DICOM SEG", "RTSTRUCT": "an RT Structure Set"}[modality]
         raise InputError(f"Expected {name}; this is another object.", path=path, reason=f"not_{modality.lower()}")
@@ -107,8 +100,6 @@ def headers(slices: Sequence[Slice]) -> list[Dataset]:
     NumberOfFrames is there for the frames of enhanced files alone.
     Raises OutputError (`unreferable_source`) where a file lacks an identifier, so that nothing can refer to it.
     """
-    from pydicom import dcmread
-
     found = []
     step_mm = _step_mm(slices)
     files: dict[Path, Dataset] = {}
@@ -116,7 +107,7 @@ def headers(slices: Sequence[Slice]) -> list[Dataset]:
         with parsing(part.path):
             if part.path not in files:
                 tags = [*IDENTITY, *PATIENT_AND_STUDY, *OTHER]
-                files[part.path] = dcmread(part.path, stop_before_pixels=True, specific_tags=tags)
+                files[part.path] = read_data(part.path, tags)
             header = _clean(files[part.path], part, step_mm)
         missing = [name for name in IDENTITY if not header.get(name)]
         if missing:

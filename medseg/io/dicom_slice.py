@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg.errors import UnreadableFile
+from medseg.io.dicom_file import PIXELS, Found, parse
 from medseg.io.dicom_geometry import Problem, slice_plane
 from medseg.io.dicom_header import Header, damage, frame_headers, parsing
 from medseg.io.dicom_mosaic import TAGS as MOSAIC_TAGS
-from medseg.io.dicom_pixels import Native, locate
-from medseg.io.dicom_refusals import Pixels, slice_problem
-from medseg.io.dicom_whole import pixels_of
+from medseg.io.dicom_pixels import Located, Native, locate
+from medseg.io.dicom_refusals import slice_problem
 from medseg.volume import Affine
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ HEADER_TAGS = (
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SpecificCharacterSet"),
     "RedPaletteColorLookupTableDescriptor",
 )
+
+
+STUDY_UID = 0x0020000D
+"""The tag of StudyInstanceUID."""
+
+ENDS_EARLY = "A DICOM file ends before it names its series. Copy or export it again."
+CUT_SHORT = "The pixels of a DICOM file are cut short. Copy or export it again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,25 +90,20 @@ def read_headers(path: Path) -> list[Slice]:
     A file of enhanced CT, MR or PET gives a slice for each of its frames.
     Raises UnreadableFile where the file is DICOM and its header or its pixels are cut off.
     """
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-    from pydicom.uid import MediaStorageDirectoryStorage
-
+    found = Found(PIXELS, _tags())
     with parsing(path), path.open("rb") as file:
-        try:
-            data = dcmread(file, stop_before_pixels=True, specific_tags=[*_tags().values()])
-        except InvalidDicomError:
+        parsed = parse(file, found, found.wanted)
+        if parsed is None or parsed.is_directory:
             return []
-        if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-            return []
+        data = parsed.data
         if "SeriesInstanceUID" not in data and "Rows" not in data:
-            raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
-        start, headers, description = file.tell(), frame_headers(data), _described(data)
-        native = locate(file, data, headers[0])
-        pixels, is_whole = pixels_of(file, start, data, len(headers), native)
-        if not is_whole:
-            raise UnreadableFile("A DICOM file is cut short or damaged. Copy or export it again.", path=path)
-        return [_slice(path, frame, header, description, native, pixels) for frame, header in enumerate(headers)]
+            raise UnreadableFile(ENDS_EARLY, path=path)
+        headers, description = frame_headers(data), _described(data)
+        pixels = locate(parsed, found, headers[0], len(headers))
+        slices = [_slice(path, frame, header, description, pixels) for frame, header in enumerate(headers)]
+        if not pixels.are_whole and any(part.problem is None for part in slices):
+            raise UnreadableFile(CUT_SHORT, path=path)
+        return slices
 
 
 def read_study_uid(path: Path) -> str | None:
@@ -109,38 +111,30 @@ def read_study_uid(path: Path) -> str | None:
 
     Nothing behind that element is read. Raises UnreadableFile where the file is DICOM and ends before it.
     """
-    from pydicom.errors import InvalidDicomError
-    from pydicom.filereader import read_partial
-    from pydicom.uid import MediaStorageDirectoryStorage
+    from pydicom.tag import Tag
 
-    last = _tags()["StudyInstanceUID"]
     ended = True
 
     def behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
         nonlocal ended
-        ended = tag <= last
+        ended = tag <= STUDY_UID
         return not ended
 
     with parsing(path), path.open("rb") as file:
-        try:
-            data = read_partial(file, stop_when=behind, specific_tags=[last])
-        except InvalidDicomError:
-            return None
-        if data.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        parsed = parse(file, behind, [Tag(STUDY_UID)])
+        if parsed is None or parsed.is_directory:
             return None
         if ended:
-            raise UnreadableFile("A DICOM file ends before it names its series. Copy or export it again.", path=path)
-        return str(data.get("StudyInstanceUID") or "")
+            raise UnreadableFile(ENDS_EARLY, path=path)
+        return str(parsed.data.get("StudyInstanceUID") or "")
 
 
 @cache
-def _tags() -> dict[str, BaseTag]:
+def _tags() -> frozenset[BaseTag]:
     """Return the tags of a header, as pydicom wants them."""
-    from pydicom.datadict import tag_for_keyword
     from pydicom.tag import Tag
 
-    standard = {name: Tag(tag_for_keyword(name) or 0) for name in HEADER_TAGS}
-    return standard | {f"{tag:08x}": Tag(tag) for tag in MOSAIC_TAGS}
+    return frozenset(map(Tag, (*HEADER_TAGS, *MOSAIC_TAGS)))
 
 
 def _described(data: Dataset) -> str:
@@ -151,7 +145,7 @@ def _described(data: Dataset) -> str:
         return ""
 
 
-def _slice(path: Path, frame: int, header: Header, description: str, native: Native | None, pixels: Pixels) -> Slice:
+def _slice(path: Path, frame: int, header: Header, description: str, pixels: Located) -> Slice:
     thicknesses = (header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
     plane = _plane(header)
     return Slice(
@@ -172,8 +166,8 @@ def _slice(path: Path, frame: int, header: Header, description: str, native: Nat
         thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
-        problem=slice_problem(header, pixels, placed=plane is not None),
-        native=native,
+        problem=slice_problem(header, pixels.kind, placed=plane is not None) or pixels.problem,
+        native=pixels.native,
     )
 
 

@@ -1,21 +1,20 @@
 """Frames of a DICOM SEG on the slices of a series: which voxels each covers, and for which segment.
 
-Source: PS3.3 C.8.20.2 and C.7.6.16 (frames), PS3.5 8.2 and annex G (their pixels).
+Source: PS3.3 C.8.20.2 and C.7.6.16.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, InputError
+from medseg.io.dicom_compressed import decoded_frames
 from medseg.io.dicom_geometry import slice_plane
-from medseg.io.dicom_pixels import CODECS, has_decoder
 from medseg.io.dicom_references import whole
 from medseg.io.regions import Found, Heights, slice_numbers
 from medseg.volume import Affine, Grid
@@ -75,7 +74,7 @@ def places_of(
     behind = background(data)
     places: Places = defaultdict(list)
     least = max(1, threshold * int(data.MaximumFractionalValue)) if kind == "FRACTIONAL" else 1
-    for groups, pixels in zip(_groups(data), _frames(data), strict=True):
+    for groups, pixels in zip(_groups(data), decoded_frames(data), strict=True):
         if kind == "LABELMAP":
             shown = np.unique(pixels).tolist()
             for number in {*shown} - known - behind:
@@ -137,65 +136,6 @@ def _number(groups: dict[str, Dataset]) -> int:
             reason="segment_numbers",
         )
     return number
-
-
-def _frames(data: Dataset) -> Iterator[NDArray[Any]]:
-    """Yield the stored values (rows, columns) of each frame.
-
-    Raises InputError (`compressed_no_codec`, `undecodable`) where nothing that is installed decodes them.
-    """
-    from pydicom.pixels.utils import iter_pixels
-
-    syntax = data.file_meta.TransferSyntaxUID
-    if data.BitsAllocated == 1 and not syntax.is_encapsulated:
-        yield from _bits(data)
-        return
-    if syntax.is_encapsulated and not has_decoder(syntax):
-        raise InputError(
-            f"The frames of the SEG are compressed ({syntax.name}) and no installed package decodes that. "
-            f"Install {CODECS}.",
-            reason="compressed_no_codec",
-        )
-    try:
-        yield from _run_lengths(data) if data.BitsAllocated == 1 else iter_pixels(data, raw=True)
-    except (RuntimeError, NotImplementedError) as error:
-        raise InputError(
-            f"No installed decoder can decode the frames of the SEG ({syntax.name}, {data.BitsAllocated} bits for a "
-            "pixel). Export it without compression.",
-            reason="undecodable",
-        ) from error
-
-
-def _run_lengths(data: Dataset) -> Iterator[NDArray[np.uint8]]:
-    """Yield frames of one bit for a pixel in RLE, which knows bytes alone: a pixel fills one, or eight share one."""
-    from pydicom.pixels.decoders.base import get_decoder
-
-    decoder, size = get_decoder(data.file_meta.TransferSyntaxUID), data.Rows * data.Columns
-    layout = {"rows": 1, "bits_allocated": 8, "bits_stored": 8, "samples_per_pixel": 1, "pixel_representation": 0}
-    words = {"photometric_interpretation": "MONOCHROME2", "pixel_keyword": "PixelData"}
-    count = int(data.NumberOfFrames)
-    for number in range(count):
-        for columns in (size, ceil(size / 8)):
-            try:
-                stored, _ = decoder.as_array(
-                    data.PixelData, index=number, raw=True, columns=columns, number_of_frames=count, **layout, **words
-                )
-            except RuntimeError:
-                if columns < size:
-                    raise
-            else:
-                break
-        bits = stored.ravel() if columns == size else np.unpackbits(stored.ravel(), bitorder="little")[:size]
-        yield np.asarray(bits).reshape(data.Rows, data.Columns)
-
-
-def _bits(data: Dataset) -> Iterator[NDArray[np.uint8]]:
-    """Yield frames of one bit for a pixel: pydicom takes those that begin with a byte, and they follow bit on bit."""
-    packed, size = np.frombuffer(data.PixelData, np.uint8), data.Rows * data.Columns
-    for first in range(0, int(data.NumberOfFrames) * size, size):
-        start, skipped = divmod(first, 8)
-        bits = np.unpackbits(packed[start : (first + size + 7) // 8], bitorder="little")
-        yield bits[skipped : skipped + size].reshape(data.Rows, data.Columns)
 
 
 def _groups(data: Dataset) -> Iterator[dict[str, Dataset]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.errors import UsageError
 from medseg.io import VOLUME_ENDINGS, AnyPath, load
-from medseg.io.dicom_header import begins_as_dicom, parsing
+from medseg.io.dicom_file import begins_as_dicom, read_data
+from medseg.io.dicom_header import parsing
 from medseg.io.files import reading
 from medseg.io.label_table import read_table
 from medseg.labels import Label, complete
@@ -62,17 +63,13 @@ def object_kind(path: Path) -> Kind | None:
         with path.open("rb") as file:
             if not begins_as_dicom(file):
                 return None
-    from pydicom import dcmread
-
     with parsing(path):
-        modality = str(dcmread(path, specific_tags=["Modality"], stop_before_pixels=True).get("Modality"))
+        modality = str(read_data(path, ["Modality"]).get("Modality"))
     return next((kind for kind in CONTENT if kind == modality), None)
 
 
 def describe_structures(path: str | os.PathLike[str]) -> StructureFile | None:
     """Return what an object of labels holds, from its headers; None for any other file. Raises UnreadableFile."""
-    from pydicom import dcmread
-
     path = Path(path)
     kind = object_kind(path)
     if kind is None:
@@ -81,7 +78,7 @@ def describe_structures(path: str | os.PathLike[str]) -> StructureFile | None:
     references = ("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence", "FrameOfReferenceUID")
     with parsing(path):
         tags = [sequence, *references, "SpecificCharacterSet", "SegmentationType", "PixelPaddingValue"]
-        data = dcmread(path, specific_tags=tags, stop_before_pixels=True)
+        data = read_data(path, tags)
         structures = data.get(sequence) or []
         if kind == "SEG":
             from medseg.io.seg_frames import background

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, UnreadableFile
-from medseg.io.dicom_header import begins_as_dicom
+from medseg.io.dicom_file import begins_as_dicom
 from medseg.io.dicom_lost import DICOM_ENDINGS, OTHER_ENDINGS
 from medseg.io.files import reading
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from medseg.errors import InputError, UnreadableFile, UsageError
+from medseg.io.dicom_file import begins_as_dicom, read_data
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_series import Series
 from medseg.io.regions import volume_of
@@ -232,13 +233,8 @@ def _labelled(
 
 def _patient_id(files: Sequence[Path]) -> str:
     """Return the PatientID of the first DICOM file, "" where it states none."""
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
     for file in files:
-        with parsing(file):
-            try:
-                return str(dcmread(file, specific_tags=["PatientID"], stop_before_pixels=True).get("PatientID") or "")
-            except InvalidDicomError:
-                continue
+        with parsing(file), file.open("rb") as opened:
+            if begins_as_dicom(opened):
+                return str(read_data(file, ["PatientID"]).get("PatientID") or "")
     return ""

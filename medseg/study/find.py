@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import MedsegError, UnreadableFile
+from medseg.io.dicom_file import read_data
 from medseg.io.dicom_geometry import parallel
-from medseg.io.dicom_header import silence
+from medseg.io.dicom_header import parsing
 from medseg.io.dicom_lost import lost_slices, may_hold_slices
+from medseg.io.dicom_pixels import PIXEL_REASONS
 from medseg.io.dicom_series import Series, make_series
 from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
@@ -125,14 +127,11 @@ def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) ->
 
 def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
     """Return the files that a DICOMDIR names, none where the file is no DICOMDIR (PS3.10 8, PS3.3 F)."""
-    from pydicom import dcmread
-    from pydicom.errors import InvalidDicomError
-
     try:
-        with silence():
-            records = dcmread(path, specific_tags=["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
+        with parsing(path):
+            records = read_data(path, ["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
             named = [record.get("ReferencedFileID") for record in records]
-    except (InvalidDicomError, OSError, ValueError, EOFError):
+    except MedsegError:
         return []
     files = []
     for parts in ([one] if isinstance(one, str) else list(one) for one in named if one):
@@ -156,7 +155,8 @@ def _alike(first: Slice, other: Slice) -> bool:
 
 
 def _kind(part: Slice) -> tuple[object, ...]:
-    reason = part.problem.reason if part.problem else ""
+    # A slice whose pixels cannot be read belongs to the others: without it they are no whole scan.
+    reason = part.problem.reason if part.problem and part.problem.reason not in PIXEL_REASONS else ""
     return part.is_localizer, reason, part.modality, part.frame_of_reference_uid, part.shape
 
 
