@@ -38,7 +38,7 @@ class Label(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    value: int = Field(ge=1)
+    value: int = Field(ge=1, le=2**31 - 1)
     name: str
     color: str = Field(pattern="^#[0-9a-f]{6}$")
     snomed: SnomedCode | None = None

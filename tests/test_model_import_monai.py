@@ -280,14 +280,14 @@ def test_weights_may_have_another_name_where_they_are_alone(tmp_path):
     assert (tmp_path / "model/fold_0.safetensors").is_file()
 
 
-def test_yaml_is_read_without_aliases(tmp_path):
+def test_a_bundle_in_yaml(tmp_path):
     files.write_bundle(tmp_path / "bundle", files.inference())
     text = (tmp_path / "bundle/configs/inference.json").read_text()
     (tmp_path / "bundle/configs/inference.json").unlink()
     file = tmp_path / "bundle/configs/inference.yaml"
-    for content, message in (("a: &a 1\nb: *a\n", "YAML aliases"), ("a: [", "no valid YAML")):
+    for content in ("a: &a [*a]", "a: [", "a: !!bool x"):
         file.write_text(content)
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match="not valid YAML"):
             import_model(tmp_path / "bundle", tmp_path / "model")
     file.write_text(text)
     assert import_model(tmp_path / "bundle", tmp_path / "model").patch == (16, 16, 8)

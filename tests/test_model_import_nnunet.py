@@ -338,7 +338,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_damaged_descriptions(tmp_path):
     source = files.write_model(tmp_path / "source")
     (source / "plans.json").write_text("{")
-    with pytest.raises(ModelError, match="no valid JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         import_model(source, tmp_path / "model")
     (source / "plans.json").write_text("[]")
     with pytest.raises(ModelError, match="do not fit together"):

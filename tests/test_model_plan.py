@@ -44,7 +44,7 @@ def edited(tmp_path, **changes):
     [
         ({"windowing": 3}, "windowing: Extra inputs are not permitted"),
         ({"format": 2}, "format: Input should be 1"),
-        ({"spacing_mm": [1, 0, 1]}, "spacing_mm.1: Input should be greater than 0"),
+        ({"spacing_mm": [1, 0, 1]}, "spacing_mm.1: Input should be greater than or equal to 0.000001"),
         ({"patch": [16, 15, 8]}, "must be divisible by the network's strides"),
         ({"labels": []}, "labels: Tuple should have at least 1 item"),
         ({"resampling": {"separate": 3}}, "only with the method resize"),
@@ -64,7 +64,7 @@ def test_a_wrong_field_is_named(tmp_path, changes, message):
 
 
 def test_a_missing_plan_is_said_to_be_missing(tmp_path):
-    with pytest.raises(ModelError, match="the model folder has no such file"):
+    with pytest.raises(ModelError, match="The plan is missing"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -95,3 +95,36 @@ def test_normalizations_are_told_apart_by_their_kind(tmp_path):
     plan = tiny_plan(channels=({"name": "CT", "normalization": ct.model_dump()},))
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").channels[0].normalization == ct
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("network", {"kind": "unet", "features": 5, "kernels": [], "strides": [], "heads": 0}),
+        ("network", {"kind": "unet", "features": [10**9] * 2, "kernels": [[3] * 3] * 2, "strides": [[1] * 3] * 2}),
+        ("network", {"kind": "unet", "features": [4] * 10**5, "kernels": [], "strides": [], "heads": 0}),
+        ("network", {"kind": "monai_swinunetr", "window_size": 64}),
+        ("network", {"kind": "monai_unet", "channels": [8, 8], "strides": [10**30]}),
+        ("network", "unet"),
+        ("patch", [4 * 10**200] * 3),
+        ("patch", [2**13] * 3),
+        ("spacing_mm", [1e300, 1, 1]),
+        ("spacing_mm", [1e-300, 1, 1]),
+        ("labels", [{"value": 10**30, "name": "a", "color": "#000000"}]),
+        ("mirror_axes", [10**30]),
+        ("keep_largest", [[10**30]]),
+        ("channels", 7),
+    ],
+)
+def test_numbers_of_any_size_and_type_are_refused_on_one_line(tmp_path, field, value):
+    with pytest.raises(ModelError, match=r"^The plan is not valid: [^\n]{1,400}$"):
+        Plan.load(edited(tmp_path, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"patch": [' + "9" * 10**5 + "]}", "[" * 10**5, "null", "{" + '"a\\n\\u001b":1,' * 99]
+)
+def test_a_plan_that_is_not_one_is_refused_on_one_line(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ModelError, match=r"^The plan is not valid: [ -~]{1,400}$"):
+        Plan.load(tmp_path / "plan.json")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import make_grid, rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import UNSCALED, Threshold, threshold_model, tiny_model, tiny_plan
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medseg.errors import GeometryError, InputError, ModelError, UnreadableFile, UsageError
@@ -249,9 +250,14 @@ def test_weights_that_are_no_numbers_never_give_a_label_map(number):
         model.segment(Volume(np.arange(2560.0).reshape(1, 20, 16, 8), Grid((20, 16, 8), np.eye(4))))
 
 
-@pytest.mark.parametrize("changes", [{"spacing_mm": (1e-6,) * 3}, {"patch": (2**20,) * 3}])
+MANY = make_labels((value, f"label {value}") for value in range(1, 10_000))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"spacing_mm": (1e-6,) * 3}, {"spacing_mm": (0.02,) * 3, "patch": (400, 400, 8), "labels": MANY}]
+)
 def test_an_image_that_would_outgrow_all_memory_is_refused(changes):
-    with pytest.raises(InputError, match="voxels, and 1.7e"):
+    with pytest.raises(InputError, match="are the most on this machine"):
         tiny_model(tiny_plan(**changes)).segment(Volume(np.zeros((1, 8, 8, 8)), Grid((8, 8, 8), np.eye(4))))
 
 
@@ -302,7 +308,7 @@ def test_weights_that_are_missing_or_damaged_are_refused(model_folder):
 
 def test_a_plan_of_more_features_than_memory_holds_is_refused_by_its_weights(model_folder):
     plan = json.loads((model_folder / "plan.json").read_text())
-    plan["network"]["features"] = [2**22 for _ in plan["network"]["features"]]
+    plan["network"]["features"] = [2**16 for _ in plan["network"]["features"]]
     (model_folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ModelError, match="do not fit the plan"):
         Model.load(model_folder)
@@ -315,7 +321,7 @@ def test_a_pickle_is_refused_and_runs_nothing(model_folder, tmp_path_factory):
 
     trap = tmp_path_factory.mktemp("trap") / "sprung"
     torch.save(Attack(), model_folder / "fold_0.safetensors")
-    with pytest.raises(ModelError, match="no safetensors file"):
+    with pytest.raises(ModelError, match="not a safetensors file"):
         Model.load(model_folder)
     assert not trap.exists()
 
@@ -351,3 +357,55 @@ def test_an_unknown_device_is_refused():
         with pytest.raises(UsageError, match="no device 'cuda'"):
             pick_device("cuda")
     assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"kind": "monai_unet", "channels": [2048, 4096], "strides": [2], "kernel_size": 7},
+        {"kind": "monai_segresnet", "init_filters": 4096, "blocks_down": [64] * 3, "blocks_up": [64] * 2},
+        {"kind": "monai_dynunet", "kernel_size": [64] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2],
+         "filters": [4096] * 3},
+        {"kind": "monai_swinunetr", "feature_size": 384, "num_heads": [1, 1, 1, 1], "window_size": 10},
+    ],
+)  # fmt: skip
+def test_a_network_of_monai_is_built_only_where_its_weights_fit(model_folder, monkeypatch, network):
+    monkeypatch.setattr("medseg.model.networks._drop_counters", drop := Counted())
+    plan = json.loads((model_folder / "plan.json").read_text()) | {"network": network, "patch": [32, 32, 32]}
+    (model_folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ModelError, match="do not fit the plan"):
+        Model.load(model_folder)
+    assert {parameter.device.type for parameter in drop.networks[0].parameters()} == {"meta"}
+    assert len(drop.networks) == 1
+
+
+class Counted:
+    """Keeps the networks that it is called with."""
+
+    def __init__(self):
+        self.networks = []
+
+    def __call__(self, network):
+        self.networks.append(network)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.uint8])
+def test_weights_that_are_no_floats_are_refused(model_folder, dtype):
+    file = model_folder / "fold_0.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match="those of a network are floats"):
+        Model.load(model_folder)
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero", "folder"])
+def test_weights_that_are_no_regular_file_are_refused(model_folder, target):
+    file = model_folder / "fold_0.safetensors"
+    file.unlink()
+    if target == "pipe":
+        os.mkfifo(file)
+    elif target == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(target)
+    with pytest.raises(ModelError, match="missing, damaged, or is not a safetensors file"):
+        Model.load(model_folder)

@@ -16,7 +16,7 @@ import torch
 from medseg.errors import ModelError
 from medseg.model import untrusted
 from medseg.model.importing import import_model
-from medseg.model.untrusted import checksum, read_checkpoint, read_json, unpacked, weights_in
+from medseg.model.untrusted import checksum, read_checkpoint, unpacked, weights_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:The model does not say how its training images were stored")
 
@@ -198,18 +198,6 @@ def test_archives_with_one_name_twice_or_too_many(tmp_path, monkeypatch):
         archive.writestr("b", "")
     with pytest.raises(ModelError, match="too many files"):
         import_model(tmp_path / "many.zip", tmp_path / "model")
-
-
-def test_descriptions_that_are_no_json(tmp_path, monkeypatch):
-    file = tmp_path / "plans.json"
-    file.write_text("[" * 10**6)
-    with pytest.raises(ModelError, match="no valid JSON"):
-        read_json(file)
-    monkeypatch.setattr(untrusted, "MOST_TEXT_BYTES", 10)
-    with pytest.raises(ModelError, match="larger than 64 MB"):
-        read_json(file)
-    with pytest.raises(ModelError, match="missing or cannot be read"):
-        read_json(tmp_path / "other.json")
 
 
 def test_a_checksum_is_sha256(tmp_path):

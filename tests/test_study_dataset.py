@@ -176,7 +176,7 @@ def test_a_dataset_that_is_being_made_cannot_be_trained_on(tmp_path: Path) -> No
     turned = rules(tmp_path, labels=RULES["labels"][::-1])  # liver is 2 now
     with pytest.raises(KeyboardInterrupt):
         make_dataset(tmp_path / "studies", tmp_path / "out", turned, progress=interrupt)
-    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+    with pytest.raises(DatasetError, match="dataset.json of the dataset is missing"):
         read_dataset(tmp_path / "out")
     make_dataset(tmp_path / "studies", tmp_path / "out", turned)
     assert [label.name for label in read_dataset(tmp_path / "out").labels] == ["kidney", "liver"]
@@ -184,7 +184,7 @@ def test_a_dataset_that_is_being_made_cannot_be_trained_on(tmp_path: Path) -> No
     study(tmp_path / "more", 4, {"kidney l": "kidney"})
     with pytest.raises(KeyboardInterrupt):  # one more case, of which cases.json does not say that it has no liver drawn
         make_dataset(tmp_path / "more", tmp_path / "out", turned, progress=interrupt)
-    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+    with pytest.raises(DatasetError, match="dataset.json of the dataset is missing"):
         read_dataset(tmp_path / "out")
 
 

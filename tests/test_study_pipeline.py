@@ -47,7 +47,7 @@ class TestFiles:
         ("changes", "text"),
         [
             ({"format": 2}, "1 problem: format"),
-            ({"surprise": 1}, "surprise: extra inputs are not permitted"),
+            ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
             ({"channels": []}, "channels"),
             ({"channels": [RULE | {"modality": []}]}, r"channels\.0\.modality"),
             ({"channels": [RULE | {"description": "("}]}, r"channels\.0\.description"),
@@ -67,13 +67,13 @@ class TestFiles:
         twice = "channels:\n  - {name: T1, modality: [MR], description: t1, description: mprage}\n"
         for text in ("a: [", "!!python/object/apply:os.system ['true']", twice, "a: 2020-13-45", "[" * 5000):
             path.write_text(text)
-            with pytest.raises(UsageError, match="no YAML"):
+            with pytest.raises(UsageError, match="not valid YAML"):
                 load_pipeline(path)
         path.write_bytes("name: Schädel".encode("latin-1"))
-        with pytest.raises(UsageError, match="not in UTF-8"):
+        with pytest.raises(UsageError, match="not UTF-8"):
             load_pipeline(path)
-        path.write_text("a" * 1_000_001)
-        with pytest.raises(UsageError, match="too long"):
+        path.write_text("a" * (2**20 + 1))
+        with pytest.raises(UsageError, match="larger than 1 MB"):
             load_pipeline(path)
         with pytest.raises(UsageError, match=r"neither a YAML file nor one that medseg ships \(hippocampus\)"):
             load_pipeline("nothing")

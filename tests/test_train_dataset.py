@@ -159,7 +159,7 @@ def test_cases_json_says_what_was_drawn_and_what_belongs_together(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be a list"),
+        ("{", "not valid JSON"),
         ("[1]", "must be a list"),
         ('[{"structures": []}]', "must be a list"),
         ('[{"case": "nobody"}]', "nobody"),
@@ -279,7 +279,7 @@ def test_a_dataset_json_that_says_too_little_is_refused(tmp_path, fields, messag
 
 
 def test_a_folder_without_a_dataset_json_or_with_a_broken_one_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match="needs a readable file dataset.json"):
+    with pytest.raises(DatasetError, match="dataset.json of the dataset is missing"):
         read_dataset(tmp_path)
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DatasetError, match="not valid JSON"):

@@ -156,7 +156,7 @@ def test_a_dataset_without_one_labelled_voxel_is_refused(tmp_path):
 
 
 def test_a_fingerprint_that_is_missing_or_wrong_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="The fingerprint is missing"):
         Fingerprint.load(tmp_path / "fingerprint.json")
     (tmp_path / "fingerprint.json").write_text('{"cases": 3}')
     with pytest.raises(ModelError, match="not valid"):

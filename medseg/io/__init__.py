@@ -11,7 +11,7 @@ import numpy as np
 
 from medseg.errors import GeometryError, OutputError, UnreadableFile, UsageError
 from medseg.io import itk, nifti
-from medseg.io.files import check_place, reading
+from medseg.io.files import check_place, check_regular, reading
 from medseg.volume import Array, Grid, Volume
 
 AnyPath = str | os.PathLike[str]
@@ -95,7 +95,7 @@ def _format(path: Path) -> Literal["dicom", "itk", "nifti"]:
     with reading(path):
         if path.is_dir():
             return "dicom"
-        path.stat()
+        check_regular(path)
     if path.name.lower().endswith(nifti.ENDINGS):
         return "nifti"
     if path.name.lower().endswith(itk.ENDINGS):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -98,6 +100,12 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, EOFError, zlib.error) as error:
         cause = getattr(error, "strerror", None) or "it is cut short, damaged, or not what its name says"
         raise UnreadableFile(f"The file could not be read: {cause}. Copy or export it again.", path=path) from error
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError where a path leads to a pipe or a device, which might never end, or to a folder."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def leads_nowhere(path: Path) -> bool:

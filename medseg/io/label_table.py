@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from medseg.errors import InputError
 from medseg.io.files import reading, written_whole
+from medseg.io.text import read_json
 from medseg.labels import Label
 
 SHIPPED = Path(__file__).parents[1] / "models"
@@ -38,19 +39,17 @@ def read_table(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     """Return the label table of a JSON file: a list of labels, or an object with one as "labels", such as a plan.json.
 
     A model, by its folder or the name of one that ships, has the labels of its plan.
-    Raises UnreadableFile where it is missing, InputError (`label_table`) where it is something else.
+    Raises InputError where it is missing or unreadable, with the reason `label_table` where it is something else.
     """
     path = table_file(path)
-    with reading(path):
-        text = path.read_bytes()
+    content = read_json(path, "The label table", InputError)
     try:
-        content = json.loads(text)
         table = TypeAdapter(tuple[Label, ...]).validate_python(
             content["labels"] if isinstance(content, dict) else content
         )
         if len({label.value for label in table}) < len(table):
             raise ValueError("a value is there twice")
-    except (ValueError, KeyError, ValidationError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(
             'A label table is a JSON list of labels such as {"value": 1, "name": "liver", "color": "#e6194b"}, each '
             "value once; this file holds something else.",

@@ -16,14 +16,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from medseg.errors import ModelError
+from medseg.io.text import read_json, read_yaml
 from medseg.labels import make_labels
 from medseg.model import monai_steps as steps
-from medseg.model.imported import Imported, unsupported
+from medseg.model.imported import DESCRIBED, Imported, unsupported
 from medseg.model.monai_kinds import MonaiDynUNet, MonaiNetwork, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
 from medseg.model.monai_text import Unreadable, read_text
 from medseg.model.plan import Channel, Plan, Region
-from medseg.model.stored import first_problem
-from medseg.model.untrusted import checksum, read_checkpoint, read_json, read_yaml, weights_in
+from medseg.model.untrusted import checksum, read_checkpoint, weights_in
+from medseg.problems import first_problem
 
 INFERENCE = ("configs/inference.json", "configs/inference.yaml", "configs/inference.yml")
 WEIGHTS = "models/*.pt"
@@ -58,9 +59,9 @@ def read_bundle(folder: Path, *, orientation: str | None = None) -> Imported:
     Raises ModelError for files that are missing, damaged or unsafe, and for what medseg does not have, by its name.
     """
     file = next(folder / name for name in INFERENCE if (folder / name).is_file())
-    content = read_json(file) if file.suffix == ".json" else read_yaml(file)
+    content = (read_json if file.suffix == ".json" else read_yaml)(file, DESCRIBED, ModelError)
     described = [folder / name for name in ("configs/metadata.json", "metadata.json") if (folder / name).is_file()]
-    metadata = read_json(described[0]) if described else {}
+    metadata = read_json(described[0], DESCRIBED, ModelError) if described else {}
     if not isinstance(content, dict) or not isinstance(metadata, dict):
         raise ModelError("The files of the model do not fit together, or are not those of a MONAI bundle.", path=folder)
     try:

@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medseg.errors import ModelError
+from medseg.io.text import read_json
 from medseg.labels import make_labels
-from medseg.model.imported import Imported, unsupported
+from medseg.model.imported import DESCRIBED, Imported, unsupported
 from medseg.model.nnunet_weights import renamed, turned
 from medseg.model.plan import Channel, Network, Plan, Region, Resampling
-from medseg.model.stored import first_problem
-from medseg.model.untrusted import checksum, read_checkpoint, read_json, weights_in
+from medseg.model.untrusted import checksum, read_checkpoint, weights_in
+from medseg.problems import first_problem
 from medseg.process.normalize import CTNormalization, Normalization, Rescale, ZScore
 
 REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
@@ -102,7 +103,7 @@ def read_nnunet(
     Raises ModelError for files that are missing, damaged or unsafe, and for what medseg does not have, by its name.
     """
     files = _checkpoints(folder, folds, checkpoint)
-    plans, dataset = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    plans, dataset = (read_json(folder / name, DESCRIBED, ModelError) for name in ("plans.json", "dataset.json"))
     read = {fold: read_checkpoint(file) for fold, file in files.items()}
     first = next(iter(read.values()))
     try:
@@ -139,7 +140,7 @@ def _keep_largest(folder: Path, folds: tuple[int, ...]) -> tuple[tuple[int, ...]
     file = next((one / POSTPROCESSING for one in (folder, crossval) if (one / POSTPROCESSING).is_file()), None)
     if file is None:
         return ()
-    content = read_json(file)
+    content = read_json(file, DESCRIBED, ModelError)
     for name in content["postprocessing_fns"]:
         if name != "remove_all_but_largest_component_from_segmentation":
             raise unsupported("postprocessing", str(name))

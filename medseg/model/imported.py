@@ -9,6 +9,9 @@ from torch import Tensor
 from medseg.errors import ModelError
 from medseg.model.plan import Plan
 
+DESCRIBED = "A file that describes the model"
+"""What errors call the JSON and YAML files of foreign models."""
+
 
 @dataclass(frozen=True)
 class Imported:

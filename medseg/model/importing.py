@@ -19,10 +19,9 @@ from medseg.errors import ModelError, OutputError, UsageError
 from medseg.model.import_monai import INFERENCE, is_bundle, read_bundle
 from medseg.model.import_nnunet import POSTPROCESSING, is_nnunet, read_nnunet
 from medseg.model.imported import Imported
-from medseg.model.networks import build_network
 from medseg.model.plan import Plan
 from medseg.model.untrusted import unpacked
-from medseg.model.weights import check_state
+from medseg.model.weights import check_state, shapes_of
 from medseg.volume import Grid
 
 CHECKPOINTS = ("final", "best", "latest")
@@ -123,10 +122,7 @@ def _write(imported: Imported, where: Path) -> None:
 
 def _write_parts(imported: Imported, folder: Path) -> None:
     plan = imported.plan
-    # Shapes alone: what the plan asks for need not fit into memory. (SwinUNETR computes while it is built; its numbers
-    # are limited instead.)
-    with torch.device("cpu" if plan.network.kind == "monai_swinunetr" else "meta"):
-        network = build_network(plan.network, plan.inputs, plan.outputs)
+    network = shapes_of(plan)
     for state in imported.folds.values():
         check_state(network, state)
     folder.mkdir(parents=True)

@@ -9,8 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Size = Annotated[int, Field(ge=1, le=64)]
+Depth = Annotated[int, Field(ge=1, le=24)]
+Window = Annotated[int, Field(ge=1, le=10)]
+"""A table of each block of SwinUNETR grows with the sixth power of this, and is not among the weights."""
+
 Width = Annotated[int, Field(ge=1, le=4096)]
 Sizes = Size | tuple[Size, Size, Size]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -97,9 +101,9 @@ class MonaiSwinUNETR(_Kind):
 
     kind: Literal["monai_swinunetr"] = "monai_swinunetr"
     patch_size: Literal[2] = 2
-    depths: tuple[Size, Size, Size, Size] = (2, 2, 2, 2)
+    depths: tuple[Depth, Depth, Depth, Depth] = (2, 2, 2, 2)
     num_heads: tuple[Size, Size, Size, Size] = (3, 6, 12, 24)
-    window_size: Sizes = 7
+    window_size: Window | tuple[Window, Window, Window] = 7
     qkv_bias: bool = True
     mlp_ratio: float = Field(default=4.0, gt=0, le=16)
     feature_size: Annotated[int, Field(ge=12, le=384, multiple_of=12)] = 24

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medseg.errors import ModelError
 from medseg.labels import Label
-from medseg.model.monai_kinds import MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
+from medseg.model.monai_kinds import Count, MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Share, Size
 from medseg.model.stored import Stored
 from medseg.process.normalize import Normalization
 
-Count = Annotated[int, Field(ge=1)]
-Triple = tuple[Count, Count, Count]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_LEVELS = 16
+"""Resolutions of a network: a patch that is halved so often would have 32,768 voxels along an edge."""
+
+MOST_PATCH_VOXELS = 2**27
+"""Voxels of a patch: 512 along each edge. No device that exists computes a larger one."""
+
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Edge = Annotated[int, Field(ge=1, le=2**14)]
+Triple = tuple[Edge, Edge, Edge]
+Kernel = tuple[Size, Size, Size]
+Length = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Channel(BaseModel):
@@ -43,17 +51,18 @@ class Network(BaseModel):
 
     kind: Literal["unet"] = "unet"
     residual: bool = False
-    features: tuple[Count, ...] = Field(min_length=2)
-    kernels: tuple[Triple, ...]
-    strides: tuple[Triple, ...]
-    blocks: tuple[Count, ...] = ()
-    decoder_blocks: tuple[Count, ...] = ()
-    heads: int = Field(ge=0)
+    features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
+    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
+    decoder_blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
+    heads: int = Field(ge=0, le=MOST_LEVELS)
 
     @model_validator(mode="before")
     @classmethod
     def _two_blocks(cls, fields: Any) -> Any:
-        levels = len(fields["features"]) if isinstance(fields, dict) and "features" in fields else 0
+        features = fields.get("features") if isinstance(fields, dict) else None
+        levels = min(len(features), MOST_LEVELS) if isinstance(features, list | tuple) else 0
         return {"blocks": (2,) * levels, "decoder_blocks": (2,) * (levels - 1), **fields} if levels else fields
 
     @model_validator(mode="after")
@@ -169,6 +178,8 @@ class Plan(Stored):
             raise ValueError(
                 f"the patch {self.patch} must be divisible by the network's strides {self.network.divisor}"
             )
+        if math.prod(self.patch) > MOST_PATCH_VOXELS:
+            raise ValueError(f"the patch {self.patch} has more than {MOST_PATCH_VOXELS} voxels")
         values = [label.value for label in self.labels]
         if values != sorted(set(values)):
             raise ValueError("labels must be listed by ascending value, each value once")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from medseg.cores import memory_bytes
 from medseg.errors import InputError, ModelError, UsageError
 from medseg.io import AnyPath, load
 from medseg.model.intended import Seen, kept_seen, modalities_of
@@ -39,8 +40,8 @@ GPU_BATCH = 4
 STEP = 0.5
 """Between tiles, as a share of the patch, where neither plan nor caller say otherwise."""
 
-MOST_VOXELS = 2**34
-"""Voxels that an image may have as the network sees it: 64 GB. More comes of a wrong unit, or of an attack."""
+MOST_NUMBERS = 2**34
+"""Numbers that an image may have as the network sees it: 64 GB. More comes of a wrong unit, or of an attack."""
 
 Box = Sequence[Sequence[float]]
 """Two opposite corners, ((x, y, z), (x, y, z)), in mm of RAS+ world space."""
@@ -282,12 +283,15 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def _check_size(image: Volume, plan: Plan) -> None:
-    """Raise InputError for an image that would become too large: before any memory is taken for it."""
-    voxels = math.prod(map(max, network_grid(image.grid, plan).shape, plan.patch))
-    if voxels > MOST_VOXELS:
+    """Raise InputError for an image or scores that would become too large: before any memory is taken for them."""
+    shape = tuple(map(max, network_grid(image.grid, plan).shape, plan.patch))
+    held = min(edge / size for edge, size in zip(plan.patch, shape, strict=True))  # of the scores, at a time
+    numbers = math.prod(shape) * max(plan.inputs, plan.outputs * held)
+    most = min(MOST_NUMBERS, memory_bytes() / 4)
+    if numbers > most:
         raise InputError(
-            f"At the spacing of the model the image would have {voxels:.1e} voxels, and {MOST_VOXELS:.1e} are the most."
-            " Check the units of its spacing, and that of the model.",
+            f"At the spacing of the model the image or its scores would have {numbers:.1e} numbers, and {most:.1e} "
+            "are the most on this machine. Check the units of its spacing, and that of the model.",
             reason="too_large",
         )
 

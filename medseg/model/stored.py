@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medseg.errors import ModelError
 from medseg.io.files import reading, written_whole
 from medseg.io.label_table import SHIPPED
+from medseg.io.text import read_text
+from medseg.problems import first_problem
 
 
 def find_model(name: str | PathLike[str]) -> Path:
@@ -32,7 +33,7 @@ def find_model(name: str | PathLike[str]) -> Path:
 class Stored(BaseModel):
     """A frozen record with a file of its own; `what` is what messages call it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     what: ClassVar[str]
 
@@ -44,19 +45,10 @@ class Stored(BaseModel):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Return the record in a JSON file. Raises ModelError that names the field that is missing or wrong."""
+        text = read_text(Path(path), f"The {cls.what}", ModelError)
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"The {cls.what} cannot be read: the model folder has no such file.", path=path) from error
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise ModelError(
                 f"The {cls.what} is not valid: {first_problem(error)}.", path=path, reason="not_valid"
             ) from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """Return where the first problem of a validation lies and what it is, on one line, without the input's values."""
-    details: Sequence[Any] = error.errors(include_input=False, include_url=False)
-    place = ".".join(str(part) for part in details[0]["loc"]) or "the file"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{place}: {details[0]['msg']}{more}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shutil
 import stat
@@ -20,9 +19,6 @@ import torch
 from torch import Tensor
 
 from medseg.errors import ModelError
-
-MOST_TEXT_BYTES = 2**26
-"""Size that a JSON file may have: 64 MB."""
 
 MOST_MEMBERS = 100_000
 """Files that an archive may hold."""
@@ -47,38 +43,6 @@ DAMAGE: tuple[type[Exception], ...] = (
     zlib.error,
 )
 """What readers of zip files and pickles raise where these are damaged."""
-
-
-def read_json(file: Path) -> Any:
-    """Return what a JSON file holds. Raises ModelError where it is missing, too large or no JSON."""
-    try:
-        if file.stat().st_size > MOST_TEXT_BYTES:
-            raise ModelError("A description of the model is larger than 64 MB; it is not read.", path=file)
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError("A file that belongs to the model is missing or cannot be read.", path=file) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError("A description of the model is no valid JSON.", path=file) from error
-
-
-def read_yaml(file: Path) -> Any:
-    """Return what a YAML file holds: text, numbers, lists and dicts. Raises ModelError as `read_json` does.
-
-    Aliases are refused, since a few of them can stand for more than memory holds.
-    """
-    import yaml
-
-    try:
-        if file.stat().st_size > MOST_TEXT_BYTES:
-            raise ModelError("A description of the model is larger than 64 MB; it is not read.", path=file)
-        text = file.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ModelError("A description of the model has YAML aliases, which are not read.", path=file)
-        return yaml.safe_load(text)
-    except OSError as error:
-        raise ModelError("A file that belongs to the model is missing or cannot be read.", path=file) from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ModelError("A description of the model is no valid YAML.", path=file) from error
 
 
 def read_checkpoint(file: Path) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from medseg.errors import ModelError
-from medseg.io.files import written_whole
+from medseg.io.files import check_regular, written_whole
 from medseg.model.networks import UNet, build_network
 from medseg.model.plan import Network, Plan
 from medseg.model.stored import find_model
@@ -20,16 +23,11 @@ from medseg.model.stored import find_model
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
     """Return the plan's network with the weights in a file. Raises ModelError for damage and for another plan's."""
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            "The weights cannot be read: the file is missing, damaged, or no safetensors file.", path=file
-        ) from error
+    shapes = _shapes_in(file)
+    network = shapes_of(plan)
+    check_state(network, shapes, path=file)
+    state = _read(file)
     if isinstance(plan.network, Network):
-        with torch.device("meta"):  # without memory: a plan that asks for more than there is must not get it
-            network: nn.Module = UNet(plan.network, plan.inputs, plan.outputs)
-        check_state(network, state, path=file)
         # Copied, since what is read lies in the file itself, which somebody may write to while the network runs.
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
         network.load_state_dict(own, assign=True)
@@ -37,6 +35,54 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
     network = build_network(plan.network, plan.inputs, plan.outputs)
     load_state(network, state, path=file)
     return network
+
+
+def shapes_of(plan: Plan) -> nn.Module:
+    """Return the plan's network without memory: a plan that asks for more than there is must not get it."""
+    if isinstance(plan.network, Network):
+        with torch.device("meta"):
+            return UNet(plan.network, plan.inputs, plan.outputs)  # without drawing weights, which loads a compiler
+    with torch.device("meta"), _LinspaceOnCPU():
+        return build_network(plan.network, plan.inputs, plan.outputs)
+
+
+class _LinspaceOnCPU(TorchFunctionMode):
+    """Gives linspace memory, of which MONAI's SwinUNETR takes numbers while it is built."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.linspace else kwargs))
+
+
+def _shapes_in(file: Path) -> dict[str, Tensor]:
+    """Return the weights of a file without memory, from its header. Raises ModelError for damage, and other types."""
+    with _opened(file) as weights:
+        parts = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+        if other := {part.get_dtype() for part in parts.values()} - {"F64", "F32", "F16", "BF16"}:
+            raise ModelError(
+                f"The weights are of the type {min(other)}, and those of a network are floats of 16 to 64 bits.",
+                path=file,
+                reason="weights",
+            )
+        return {name: torch.empty(part.get_shape(), device="meta") for name, part in parts.items()}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    with _opened(file) as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Give the opened file. Raises ModelError where it is missing, damaged, or is not a regular safetensors file."""
+    try:
+        check_regular(file)
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise ModelError(
+            "The weights cannot be read: the file is missing, damaged, or is not a safetensors file.", path=file
+        ) from error
 
 
 def save_weights(network: nn.Module, path: str | PathLike[str], *, recipe: str = "") -> None:
@@ -47,11 +93,8 @@ def save_weights(network: nn.Module, path: str | PathLike[str], *, recipe: str =
 
 def recipe_in(path: Path) -> str:
     """Return the hash that weights were written with; "" for none. Raises ModelError for a damaged file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {}).get("recipe", ""))
-    except (SafetensorError, OSError) as error:
-        raise ModelError("The weights cannot be read: the file is damaged.", path=path) from error
+    with _opened(path) as file:
+        return str((file.metadata() or {}).get("recipe", ""))
 
 
 def begin_with(network: nn.Module, start: str | PathLike[str]) -> None:

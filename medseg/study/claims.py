@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import OutputError
+from medseg.errors import InputError, OutputError
+from medseg.io.text import read_json
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
@@ -152,8 +153,8 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path, "The claim", InputError)
+    except InputError:
         return {}
     complete = isinstance(content, dict) and {"token", "host", "pid", "born"} <= content.keys()
     return content if complete else {}

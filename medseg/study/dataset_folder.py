@@ -11,9 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import OutputError
+from medseg.errors import DatasetError, OutputError
 from medseg.io import save
 from medseg.io.files import written_whole
+from medseg.io.text import read_json
 from medseg.study.cohort import Entry
 from medseg.study.ledger import Ledger, add_rows, key_in, state
 from medseg.study.rules import DatasetRules
@@ -80,7 +81,8 @@ class DatasetFolder:
     def records(self) -> list[dict[str, Any]]:
         """Return what is known of every study that was looked at, in this run or before."""
         return [
-            json.loads(file.read_text(encoding="utf-8")) for file in sorted((self.private / "cases").glob("*.json"))
+            read_json(file, "The record of a case", DatasetError)
+            for file in sorted((self.private / "cases").glob("*.json"))
         ]
 
     def remove(self, case: str) -> None:
@@ -100,7 +102,7 @@ class DatasetFolder:
         path = self.private / "cases" / f"{self.name(entry.identity)}.json"
         if not path.is_file():
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path, "The record of a case", DatasetError)
         sizes = {name: (self.out / name).stat().st_size for name in record["bytes"] if (self.out / name).is_file()}
         if record["state"] != self._state(entry) or sizes != record["bytes"] or record["status"] == "failed":
             return None

@@ -30,8 +30,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from medseg.errors import OutputError, UsageError
+from medseg.errors import InputError, OutputError, UsageError
 from medseg.io.files import written_whole
+from medseg.io.text import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -181,9 +182,9 @@ class Ledger:
     def manifest(self, study: str) -> dict[str, Any] | None:
         """Return the manifest of a study, or None where it is missing, damaged or none."""
         try:
-            content: dict[str, Any] = json.loads((self.out / study / MANIFEST).read_text(encoding="utf-8"))
+            content: dict[str, Any] = read_json(self.out / study / MANIFEST, "The manifest", InputError)
             _Manifest.model_validate(content)
-        except (OSError, ValueError):
+        except (InputError, ValueError):
             return None
         return content
 

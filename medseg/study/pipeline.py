@@ -9,23 +9,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medseg.errors import UsageError
 from medseg.io.files import reading
+from medseg.io.text import read_yaml
+from medseg.problems import listed_problems
 
 SHIPPED = (Path(__file__).parents[1] / "pipelines", Path(__file__).parents[2] / "pipelines")
 """Where the pipelines are that ship: in an installed package, and beside the package in a source tree."""
-
-LARGEST_FILE = 1_000_000
-"""Characters; a pipeline has some thousand."""
 
 
 def _compiles(text: str) -> str:
     try:
         re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError("this is no regular expression") from error
     return text
 
@@ -141,38 +139,16 @@ class Pipeline(Strict):
         return self.model_copy(update={"model": placed(self.model), "localizer": localizer})
 
 
-def read_yaml(path: Path, kind: type[Content], what: str) -> Content:
+def read_record(path: Path, kind: type[Content], what: str) -> Content:
     """Return what a YAML file holds as a record of this kind; `what` is what to call it in errors.
 
-    Raises UsageError where it says what no such record can, UnreadableFile where it is missing.
+    Raises UsageError where it is missing, is not YAML, or says what no such record can.
     """
+    content = read_yaml(path, what, UsageError)
     try:
-        with reading(path):
-            text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:  # replaced letters would make patterns that match nothing
-        raise UsageError(f"What should be {what} is not in UTF-8. Save it so in your editor.", path=path) from error
-    if len(text) > LARGEST_FILE:
-        raise UsageError(f"The file is too long for {what}.", path=path)
-    try:
-        return kind.model_validate(yaml.load(text, _Loader))  # noqa: S506 - it is a SafeLoader
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"What should be {what} has {_listed(error)}.", path=path) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"What should be {what} is no YAML. Look for tabs, for colons without quotes and for words that are there "
-            "twice.",
-            path=path,
-        ) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which nothing is said twice: of two equal words the first would be forgotten without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        words = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(words)) < len(words):
-            raise yaml.constructor.ConstructorError(None, None, "a word is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        raise UsageError(f"{what} has {listed_problems(error)}.", path=path) from error
 
 
 def load_pipeline(name: str | PathLike[str]) -> Pipeline:
@@ -182,7 +158,7 @@ def load_pipeline(name: str | PathLike[str]) -> Pipeline:
     read.
     """
     path = _find(name)
-    pipeline = read_yaml(path, Pipeline, "a pipeline")
+    pipeline = read_record(path, Pipeline, "The pipeline")
     return pipeline.with_models(lambda name: str(path.parent / name) if (path.parent / name).is_dir() else name)
 
 
@@ -197,10 +173,3 @@ def _find(name: str | PathLike[str]) -> Path:
         names = ", ".join(dict.fromkeys(file.stem for file in shipped))
         raise UsageError(f"No pipeline is there: neither a YAML file nor one that medseg ships ({names}).", path=path)
     return found
-
-
-def _listed(error: ValidationError) -> str:
-    told = [one["msg"].removeprefix("Value error, ") for one in error.errors()]
-    places = [".".join(map(str, one["loc"])) or "file" for one in error.errors()]
-    problems = [f"{place}: {text[0].lower()}{text[1:]}" for place, text in zip(places, told, strict=True)]
-    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}: {'; '.join(problems)}"

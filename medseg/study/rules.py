@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from medseg.study.pipeline import Pattern, Rule, Strict, read_yaml
+from medseg.study.pipeline import Pattern, Rule, Strict, read_record
 
 
 class LabelRule(Strict):
@@ -72,4 +72,4 @@ class DatasetRules(Strict):
 
 def load_rules(path: str | PathLike[str]) -> DatasetRules:
     """Return the rules in a YAML file. Raises UsageError where it says what no rules can, UnreadableFile without it."""
-    return read_yaml(Path(path), DatasetRules, "rules for a dataset")
+    return read_record(Path(path), DatasetRules, "The rules for a dataset")

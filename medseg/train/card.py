@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import dropwhile
 from pathlib import Path
 
+from medseg.errors import ModelError
 from medseg.io.files import written_whole
+from medseg.io.text import read_json
 from medseg.model.plan import Plan
 
 SCORES = "## Scores on validation cases"
@@ -56,9 +57,13 @@ def _first_lines(plan: Plan, dataset: str, cases: int) -> list[str]:
 def _rows(file: Path) -> list[str]:
     if not file.is_file():
         return []
-    scores = json.loads(file.read_text(encoding="utf-8"))
+    scores = read_json(file, "The file of scores", ModelError)
     fold = file.name.removesuffix("scores.json").removeprefix("fold_").removesuffix(".") or "all"
-    dice = {
-        label["name"]: "none there" if label["dice"] is None else f"{label['dice']:.3f}" for label in scores["labels"]
-    }
-    return [f"| {fold} | {len(scores['cases'])} | {name} | {value} |" for name, value in dice.items()]
+    try:
+        dice = {
+            label["name"]: "none there" if label["dice"] is None else f"{label['dice']:.3f}"
+            for label in scores["labels"]
+        }
+        return [f"| {fold} | {len(scores['cases'])} | {name} | {value} |" for name, value in dice.items()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError("The file of scores is damaged. Delete it to have it written anew.", path=file) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import DatasetError
+from medseg.io.text import read_json
 from medseg.labels import Label
 from medseg.train.case_files import find_cases, missing, surplus
 from medseg.train.dataset_json import Meaning, read_description
@@ -155,12 +155,12 @@ def read_facts(path: Path, labels: Sequence[Label]) -> dict[str, tuple[frozenset
     if not path.is_file():
         return {}
     values = {label.name: label.value for label in labels}
+    rows = read_json(path, "The file cases.json of the dataset", DatasetError)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
         facts = {str(row["case"]): row for row in rows}
         drawn = {name: {str(one) for one in row.get("structures", values)} for name, row in facts.items()}
         groups = {name: "" if row.get("group") is None else str(row["group"]) for name, row in facts.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise DatasetError(
             'The file cases.json must be a list of objects such as {"case": "a", "structures": ["liver"]}.', path=path
         ) from error

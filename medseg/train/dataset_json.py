@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import DatasetError
-from medseg.io.files import reading
+from medseg.errors import DatasetError, InputError
 from medseg.io.label_table import read_table
+from medseg.io.text import read_json
 from medseg.labels import Label, make_labels
 from medseg.model.plan import Plan, Region
 
@@ -78,12 +77,7 @@ def read_meaning(path: Path) -> Meaning:
 
     Raises DatasetError or ModelError for what is missing or makes no sense in it, InputError for anything else.
     """
-    with reading(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
+    content = read_json(path, "The file that names the labels", InputError)
     if isinstance(content, dict) and "network" in content:
         plan = Plan.load(path)
         return Meaning(plan.labels, plan.regions)
@@ -93,12 +87,7 @@ def read_meaning(path: Path) -> Meaning:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DatasetError("A dataset folder needs a readable file dataset.json.", path=path) from error
-    except ValueError as error:
-        raise DatasetError("The file dataset.json is not valid JSON.", path=path) from error
+    content = read_json(path, "The file dataset.json of the dataset", DatasetError)
     if not isinstance(content, dict):
         raise DatasetError("The file dataset.json must hold one object with channel_names and labels.", path=path)
     return content

@@ -19,7 +19,7 @@ class FileHashes:
         self._memory = memory
         try:
             self._known: dict[str, str] = dict(json.loads(memory.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             self._known = {}
         self._remembered = len(self._known)
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from medseg.labels import Label, label_map
 from medseg.model.intended import Range, Seen
-from medseg.model.plan import Region
+from medseg.model.monai_kinds import Count
+from medseg.model.plan import Length, Region
 from medseg.model.stored import Stored
 from medseg.process.measured import box_around, measured
 from medseg.train.check import Findings, check_case, check_together, unseen
@@ -38,11 +39,11 @@ class CaseFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    box: tuple[int, int, int]
-    measured: float = Field(validation_alias=AliasChoices("measured", "nonzero"))
-    label_voxels: dict[int, int]
+    shape: tuple[Count, Count, Count]
+    spacing_mm: tuple[Length, Length, Length]
+    box: tuple[Count, Count, Count]
+    measured: float = Field(ge=0, le=1, validation_alias=AliasChoices("measured", "nonzero"))
+    label_voxels: dict[int, Annotated[int, Field(ge=0, le=2**53)]]
     label_places: dict[int, LabelPlace] = {}
 
     @model_validator(mode="before")
@@ -55,7 +56,7 @@ class CaseFacts(BaseModel):
 class Intensities(BaseModel):
     """Intensities of the labelled voxels of all cases, in one channel."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mean: float
     std: float

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from medseg.labels import Label
-from medseg.model.plan import Channel, Count, Network, Plan, Triple
+from medseg.model.monai_kinds import Count, Width
+from medseg.model.plan import Channel, Network, Plan, Triple
 from medseg.model.stored import Stored
 from medseg.process.normalize import CTNormalization, ZScore
 from medseg.train.dataset_json import members_of
@@ -40,7 +41,7 @@ class Capacity(Stored):
 
     device: str = "any"
     voxels: Count = 2**17
-    features: Count = 16
+    features: Width = 16
     memory_gb: float | None = None
     voxels_per_s: float | None = None
 

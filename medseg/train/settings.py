@@ -65,7 +65,7 @@ class TrainSettings(Stored):
 
     what = "recipe in train.json"
 
-    batch: int = Field(default=2, ge=1)
+    batch: int = Field(default=2, ge=1, le=2**16)
     loss: LossName = "dice_ce"
     optimizer: Literal["muon", "adamw", "sgd"] = "muon"
     learning_rate: float = Field(default=1e-2, gt=0)
@@ -76,11 +76,11 @@ class TrainSettings(Stored):
     foreground: float = Field(default=0.67, ge=0, le=1)
     momentum: float = Field(default=0.99, ge=0, lt=1)
     schedule: Literal["cosine", "one_cycle", "poly"] = "cosine"
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=2**16)
     dropout: float = Field(default=0, ge=0, lt=1)
     checkpointing: bool = False
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compile: bool = False
     early_stop: float = Field(default=0, ge=0, lt=1)
-    folds: int = Field(default=5, ge=1)
-    seed: int = Field(default=12345, ge=0)
+    folds: int = Field(default=5, ge=1, le=2**16)
+    seed: int = Field(default=12345, ge=0, lt=2**32)
