@@ -76,7 +76,7 @@ def test_folds_may_stand_in_the_list_of_training_cases(root):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "must be a list of folds"),
+        ("{", "not valid JSON"),
         ([], "must be a list of folds"),
         ([["a"]], "must be a list of folds"),
         ([{"train": ["case_0"]}], "must be a list of folds"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import DatasetError
+from medseg.io.text import read_json
 
 Split = tuple[frozenset[str], frozenset[str]]
 """The names of the cases that a fold trains on, and of those that it is validated on."""
@@ -57,11 +57,11 @@ def check_groups(splits: Iterable[Split], groups: Mapping[str, str]) -> None:
 
 
 def _of_file(file: Path) -> tuple[Split, ...]:
+    content = read_json(file, "The list of folds", DatasetError)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         listed = content if isinstance(content, list) else [content]
         sides = [(one["train"], one["val"]) for one in listed]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise _wrong('It must be a list of folds such as {"train": ["a", "b"], "val": ["c"]}.', file) from error
     names = [name for pair in sides for side in pair for name in (side if isinstance(side, list) else [None])]
     if not sides or not all(isinstance(name, str) for name in names):
