@@ -175,7 +175,9 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest here.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the network.", min=1)] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 or tf32, where the device can.")
+    ] = None,
     assume_orientation: Assume = None,
     probabilities: Probabilities = False,
     uncertainty: Uncertainty = False,
@@ -268,7 +270,9 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
     device: Device = None,
     runtime: Annotated[str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each network.", min=1)] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, where the device can.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 or tf32, where the device can.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline over all studies of a folder. Started again, it keeps what is done and true, and does the rest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import chain
 from typing import get_args
 
 import numpy as np
@@ -43,7 +44,7 @@ def sampler(balls, plan, tmp_path_factory):
 def trained(sampler: Sampler, steps: int = 3, **changes) -> TrainState:
     settings = TrainSettings(**(BASE | changes))
     state = new_state(sampler.plan, settings, CPU)
-    losses = list(optimize(state, sampler, settings, Budget(steps=steps)))
+    losses = list(chain(*optimize(state, sampler, settings, Budget(steps=steps))))
     assert np.isfinite(losses).all()
     return state
 
@@ -220,7 +221,7 @@ OTHERWISE = {
     "accumulate": [2],
     "dropout": [0.2],
     "checkpointing": [True],
-    "precision": ["float32", "float16", "bfloat16"],
+    "precision": ["float32", "tf32", "float16", "bfloat16"],
     "compile": [True],
     "early_stop": [0.5],
     "folds": [2],

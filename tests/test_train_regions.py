@@ -83,7 +83,7 @@ def test_what_is_ignored_is_neither_learned_nor_scored_and_patches_lie_elsewhere
     prepared = prepare_cases(half_seen.cases, plan, tmp_path / "cache")
     assert all((case.target[:] == IGNORED).any() and 0 in case.places for case in prepared)
     for step in range(30):  # no patch is drawn at random alone
-        _, target, *_ = Sampler(prepared, plan, 1, 0.0).patch(step, 0)
+        target = Sampler(prepared, plan, 1, 0.0).batch(step, [0]).target[0]
         assert (target != IGNORED).any()
     model = train_model(half_seen, plan, tmp_path / "model", budget="2steps", settings=FAST)
     scores = evaluate(model, half_seen.cases[:1])
@@ -150,7 +150,7 @@ def test_a_region_that_was_not_drawn_teaches_nothing(shells, tmp_path):
 
 def test_patches_of_regions_have_a_channel_for_each(shells, tmp_path):
     plan = small_plan(shells)
-    target = Sampler(prepare_cases(shells.cases, plan, tmp_path), plan, 1, 1.0).patch(0, 0).target
+    target = Sampler(prepare_cases(shells.cases, plan, tmp_path), plan, 1, 1.0).batch(0, [0]).target[0]
     assert target.shape == (2, *plan.patch)
     assert bool((target[0] >= target[1]).all())  # the core is part of the ball
     assert 0 < int(target[1].sum()) < int(target[0].sum())

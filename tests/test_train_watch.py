@@ -159,7 +159,7 @@ def test_the_time_that_is_left_is_right_within_5_percent(plan, tmp_path, monkeyp
         while budget.spent(state.step, state.seconds) < 1:
             state.step += 1
             state.seconds += 10.0 if state.step <= 10 else 2.0
-            yield 1.0
+            yield [1.0]
 
     def note(now: TrainProgress) -> None:
         told.append((state.seconds, now.seconds_left))
@@ -239,7 +239,7 @@ def test_an_interrupt_while_progress_is_shown_counts_as_one_between_steps(plan, 
     def losses():
         while not state.asked:
             state.step += 1
-            yield 1.0
+            yield [1.0]
 
     with pytest.raises(KeyboardInterrupt):
         run_steps(state, losses(), Budget(steps=10), FoldFiles(tmp_path, 0, "", Watch(tmp_path, 0)), stop)

@@ -144,7 +144,15 @@ class _Convolution(nn.Module):
         by_hand = image.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler joins them itself
         if self.training and by_hand and not isinstance(self.active, nn.Identity):
             return _NormalizedActive.apply(image, self.norm.weight, self.norm.bias, self.norm.eps)  # type: ignore[no-any-return,no-untyped-call]
-        return self.active(self.norm(image))  # type: ignore[no-any-return]
+        return self.active(self._normalized(image))  # type: ignore[no-any-return]
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        if image.device.type != "cuda" or image.dtype == torch.float32:
+            return self.norm(image)  # type: ignore[no-any-return]
+        # Autocast would copy the image to float32 and back. Its statistics are computed in float32 here, too.
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.norm.weight.to(image.dtype), self.norm.bias.to(image.dtype)
+            return functional.group_norm(image, self.norm.num_groups, weight, bias, self.norm.eps)
 
 
 class _Conv3d(nn.Conv3d):

@@ -58,6 +58,7 @@ def make_runtime(
     `runtime` is torch, openvino or onnx; by default OpenVINO on a CPU where it is installed, else torch.
     `threads` counts CPU threads; by default those that torch takes, one for each physical core. `precision` is float32,
     or float16 or bfloat16 where the device is good at them; CUDA takes float16 by default, everything else float32.
+    CUDA also has tf32: float32 whose factors are rounded to 10 bits.
     Raises UsageError for a runtime or a precision that is not there.
     """
     name = runtime or ("openvino" if device.type == "cpu" and find_spec("openvino") else "torch")
@@ -115,23 +116,34 @@ def _choose(name: str, device: torch.device) -> tuple[tuple[str, ...], Start]:
 
         return ("float32",), runtime_onnx.start
     if device.type == "cuda":
-        return ("float16", "float32", *(["bfloat16"] if torch.cuda.is_bf16_supported() else [])), _start_torch
+        return ("float16", "float32", "tf32", *(["bfloat16"] if torch.cuda.is_bf16_supported() else [])), _start_torch
     # Convolutions of a CPU are slower in half precision than in float32.
     return ("float32", *(["float16"] if device.type == "mps" else [])), _start_torch
 
 
 def _start_torch(network: nn.Module, _plan: Plan, precision: str, threads: int) -> Run:
-    dtype: torch.dtype = getattr(torch, precision)
+    dtype: torch.dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
 
     def run(patches: Tensor) -> Tensor:
         device = patches.device
         half = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-        with torch.inference_mode(), _threads(threads), half:
+        with torch.inference_mode(), _threads(threads), tf32(precision == "tf32"), half:
             logits: Tensor = network(patches.to(memory_format=memory_format(device)))
         # Adding tiles up takes ten times as long when they lie channels last.
         return logits.float().contiguous()
 
     return run
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let convolutions in float32 on CUDA round their factors to 10 bits, which is faster, or forbid it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -25,8 +25,7 @@ def change_intensities(images: Tensor, seeds: Tensor) -> Tensor:
 
 def noise(channel: Tensor, random: Generator) -> Tensor:
     """Return a channel (I, J, K) with Gaussian noise of a standard deviation between 0 and 0.1."""
-    drawn = torch.randn(channel.shape, generator=random).to(channel)
-    return channel + drawn * _uniform(0, 0.1, random)
+    return channel + _normal(channel, random) * _uniform(0, 0.1, random)
 
 
 def blur(channel: Tensor, random: Generator) -> Tensor:
@@ -86,6 +85,14 @@ CHANGES = (
 
 def _uniform(low: float, high: float, random: Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=random))
+
+
+def _normal(like: Tensor, random: Generator) -> Tensor:
+    """Return normally distributed numbers; CUDA draws its own, since to wait for those of a CPU takes longer."""
+    if like.device.type != "cuda":
+        return torch.randn(like.shape, generator=random).to(like)
+    seed = int(torch.randint(2**62, (), generator=random))
+    return torch.randn(like.shape, generator=Generator(like.device).manual_seed(seed), device=like.device)
 
 
 def _factor(low: float, high: float, random: Generator) -> float:

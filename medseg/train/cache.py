@@ -14,6 +14,7 @@ from typing import Any
 import blosc2
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medseg.errors import DatasetError, MedsegError, OutputError
 from medseg.io.files import written_whole
@@ -102,8 +103,8 @@ class Prepared:
     """
 
     name: str
-    image: Chunks | NDArray[np.float32]
-    target: Chunks | NDArray[np.integer]
+    image: Chunks | NDArray[np.float32] | Tensor
+    target: Chunks | NDArray[np.integer] | Tensor
     places: dict[int, Places]
     known: NDArray[np.bool_]
 

@@ -20,6 +20,7 @@ from medseg.report.metrics import Scores
 from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
 from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
+from medseg.train.feed import resident
 from medseg.train.file_hashes import FileHashes
 from medseg.train.fingerprint import Fingerprint, fingerprint, names_digest
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
@@ -196,7 +197,9 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
                 )
             if watch:
                 watch.probe = Probe(prepared[len(training) :], plan, settings)
-            sampler = Sampler(prepared[: len(training)], plan, settings.seed, settings.foreground)
+            on_device = next(state.network.parameters()).device
+            drawn_from = resident(prepared[: len(training)], on_device)
+            sampler = Sampler(drawn_from, plan, settings.seed, settings.foreground, on_device)
             losses = optimize(state, sampler, settings, limit, ranks)
             run_steps(state, losses, limit, files, progress, settings.early_stop)
             files.finish(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,47 +39,68 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
         """Change the weights by one step; there is no closure."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    hidden = group["hidden"]
-                    change = self._hidden_change(weight, group["momentum"]) if hidden else self._other_change(weight)
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            change = self._hidden_changes(weights, group["momentum"]) if group["hidden"] else self._others(weights)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, change, alpha=-group["lr"])
 
-    def _hidden_change(self, weight: Tensor, share: float) -> Tensor:
-        (momentum,) = self._kept(weight, "momentum")
-        momentum.lerp_(weight.grad, 1 - share)  # type: ignore[arg-type]
-        ahead = weight.grad.lerp(momentum, share).flatten(1)  # type: ignore[union-attr]
-        size: float = AS_ADAM * max(ahead.shape) ** 0.5 * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
-        return orthogonal(ahead).view_as(weight) * size
+    def _hidden_changes(self, weights: Sequence[Tensor], share: float) -> list[Tensor]:
+        gradients = _gradients(weights)
+        momenta = self._kept(weights, "momentum")
+        torch._foreach_lerp_(momenta, gradients, 1 - share)
+        ahead = list(torch._foreach_lerp(gradients, momenta, share))
+        # Weights of one shape are made orthogonal together.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, weight in enumerate(weights):
+            alike.setdefault(tuple(weight.shape), []).append(place)
+        for shape, places in alike.items():
+            matrices = torch.stack([ahead[place].flatten(1) for place in places])
+            rows, columns = matrices.shape[1:]
+            size: float = AS_ADAM * max(rows, columns) ** 0.5 * max(1.0, rows / columns) ** 0.5
+            for place, change in zip(places, orthogonal(matrices) * size, strict=True):
+                ahead[place] = change.view(shape)
+        return ahead
 
-    def _other_change(self, weight: Tensor) -> Tensor:
-        first, second, step = self._kept(weight, "first", "second", "step")
-        step += 1
-        first.lerp_(weight.grad, 1 - BETAS[0])  # type: ignore[arg-type]
-        second.lerp_(weight.grad**2, 1 - BETAS[1])  # type: ignore[operator]
-        unbiased = (second / (1 - BETAS[1] ** step)).sqrt() + EPSILON
-        change: Tensor = first / (1 - BETAS[0] ** step) / unbiased
-        return change
+    def _others(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        gradients = _gradients(weights)
+        first, second, steps = (self._kept(weights, name) for name in ("first", "second", "step"))
+        torch._foreach_lerp_(first, gradients, 1 - BETAS[0])
+        torch._foreach_lerp_(second, torch._foreach_mul(gradients, gradients), 1 - BETAS[1])
+        torch._foreach_add_(steps, 1.0)
+        counts = [float(step) for step in steps]
+        unbiased = torch._foreach_div(second, [1 - BETAS[1] ** count for count in counts])
+        torch._foreach_sqrt_(unbiased)
+        torch._foreach_add_(unbiased, EPSILON)
+        changes = torch._foreach_div(first, unbiased)
+        torch._foreach_div_(changes, [1 - BETAS[0] ** count for count in counts])
+        return list(changes)
 
-    def _kept(self, weight: Tensor, *names: str) -> Iterator[Tensor]:
-        state = self.state[weight]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros((), device=weight.device) if name == "step" else torch.zeros_like(weight)
-            yield state[name]
+    def _kept(self, weights: Sequence[Tensor], name: str) -> list[Tensor]:
+        """Return what is kept of each weight under a name, at first 0: for "step" a number, on the CPU that counts."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                like = torch.zeros(()) if name == "step" else torch.zeros_like(weight)
+                self.state[weight][name] = like
+        return [self.state[weight][name] for weight in weights]
+
+
+def _gradients(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return a matrix with the singular vectors of `matrix` and singular values near 1 (0.7 to 1.2).
+    """Return matrices (..., M, N) with the singular vectors of `matrix` and singular values near 1 (0.7 to 1.2).
 
     Source: Newton-Schulz iteration of Jordan et al., 2024. A turn is a polynomial of the matrix times its transpose,
     and all these commute: they are multiplied among themselves, and the (much longer) matrix once, at the end.
     """
     a, b, c = QUINTIC
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide: Tensor = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    wide: Tensor = (matrix.mT if tall else matrix) / (torch.linalg.matrix_norm(matrix, keepdim=True) + 1e-7)
     square = wide @ wide.mT
-    identity = torch.eye(len(square), device=square.device, dtype=square.dtype)
+    identity = torch.eye(square.shape[-1], device=square.device, dtype=square.dtype)
     total = identity
     for _ in range(5):
         turn = a * identity + (b * identity + c * square) @ square

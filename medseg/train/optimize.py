@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 
 import torch
+from torch import Tensor
 
 from medseg.errors import ModelError
-from medseg.model.networks import build_network, memory_format, placed
+from medseg.model.networks import build_network, placed
 from medseg.model.plan import Plan
 from medseg.model.weights import begin_with
-from medseg.train.augment import change_intensities
 from medseg.train.checkpoint import FINISH, TrainState
+from medseg.train.feed import batches
 from medseg.train.loss import deep_loss
-from medseg.train.options import autocast, forward_of, scaler_of, seed_dropout, told_if_not_compiled
+from medseg.train.options import autocast, computing, forward_of, scaler_of, seed_dropout, told_if_not_compiled
 from medseg.train.ranks import Ranks
 from medseg.train.sampler import Batch, Sampler
 from medseg.train.schedules import make_optimizer, set_rates
 from medseg.train.settings import Budget, TrainSettings
 
 ALONE = Ranks()
+
+READ_STEPS = 25
+"""Of a GPU, between two looks at the losses: half of what a line of the history sums up."""
 
 
 def new_state(
@@ -42,45 +44,60 @@ def new_state(
     network = placed(network, device).train()
     average = copy.deepcopy(network)  # before options change how the network runs
     optimizer, scaler = make_optimizer(network, settings), scaler_of(settings, device)
-    return TrainState(network, average, optimizer, forward_of(network, settings), scaler)
+    return TrainState(network, average, optimizer, forward_of(network, settings, plan), scaler)
 
 
 def optimize(
     state: TrainState, sampler: Sampler, settings: TrainSettings, budget: Budget, ranks: Ranks = ALONE
-) -> Iterator[float]:
-    """Yield the loss of each step until the budget is spent; `state` is updated in place before each yield.
+) -> Iterator[list[float]]:
+    """Yield after each step the losses that have been read since; `state` is updated in place before each yield.
 
+    On a CPU it is the loss of that step. Reading from a GPU waits for it: there every READ_STEPS steps give theirs
+    together, and the last ones at the end.
     Each of several `ranks` draws a batch of its own: together they take the steps of one with so many times the batch.
     Time between the steps counts, so that a time budget is one of wall clock while the training runs.
     It ends before that where `state.asked` says so in the first process, and then says it in all.
-    Raises ModelError where the loss is no longer a number.
+    Raises ModelError where a loss is no longer a number.
     """
     clock = time.monotonic()
     drawn = settings.batch * settings.accumulate
     samples = range(ranks.rank * drawn, (ranks.rank + 1) * drawn)
-    for batch in _batches(sampler, samples, state):
+    every = 1 if sampler.device.type == "cpu" else READ_STEPS
+    unread: list[Tensor] = []
+    for batch in batches(sampler, samples, state.step):
         done = ranks.agreed(state.asked or min(1.0, budget.spent(state.step, state.seconds)))
         if done >= FINISH:
             state.asked = done
-            return
+            break
         set_rates(state.optimizer, settings, done)
-        loss = _step(state, settings, batch, ranks)
+        unread.append(_step(state, settings, batch, ranks))
         state.step += 1
+        losses = _read(unread, state.step) if state.step % every == 0 else []
         state.seconds += time.monotonic() - clock
         clock = time.monotonic()
-        yield loss
+        yield losses
+    if unread:
+        yield _read(unread, state.step)
 
 
-def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks) -> float:
+def _read(unread: list[Tensor], step: int) -> list[float]:
+    """Return the losses of the steps up to `step` that have not been read, and forget them."""
+    losses: list[float] = torch.stack(unread).tolist()
+    unread.clear()
+    for place, loss in enumerate(losses, start=step - len(losses)):
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"The training diverged: the loss is {loss} at step {place}. Try a lower learning rate.",
+                reason="diverged",
+            )
+    return losses
+
+
+def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks) -> Tensor:
+    """Take a step, and return its loss. Nothing here waits for a GPU."""
     seed_dropout(settings, state.step, ranks.rank)
     state.optimizer.zero_grad(set_to_none=True)
-    parts = zip(*(torch.split(part, settings.batch) for part in batch), strict=True)
-    value = sum(_gradients(state, settings, Batch(*part)) for part in parts)
-    if not math.isfinite(value):
-        raise ModelError(
-            f"The training diverged: the loss is {value} at step {state.step}. Try a lower learning rate.",
-            reason="diverged",
-        )
+    loss = torch.stack([_gradients(state, settings, part) for part in batch.split(settings.batch)]).sum()
     ranks.average_gradients(state.network.parameters())
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
@@ -92,32 +109,18 @@ def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks
         state.optimizer.step()
     decay = min(settings.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
-        for mean, weight in zip(state.average.parameters(), state.network.parameters(), strict=True):
-            mean.lerp_(weight, 1 - decay)
-    return value
+        means: list[Tensor] = list(state.average.parameters())
+        weights: list[Tensor] = list(state.network.parameters())
+        torch._foreach_lerp_(means, weights, 1 - decay)
+    return loss
 
 
-def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> float:
+def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> Tensor:
     """Add the gradients of one batch to those of a step; return its part of the loss."""
-    device = next(state.network.parameters()).device
-    images = change_intensities(batch.images.to(device, memory_format=memory_format(device)), batch.seeds)
     forward = state.network if state.forward is None else state.forward  # a compiled module has no truth value
-    with told_if_not_compiled(settings):
-        with autocast(settings, device):
-            logits = forward(images)
-        loss = deep_loss(settings.loss, logits, batch.target.to(device), batch.known.to(device)) / settings.accumulate
+    with told_if_not_compiled(settings), computing(settings, batch.images.device):
+        with autocast(settings, batch.images.device):
+            logits = forward(batch.images)
+        loss = deep_loss(settings.loss, logits, batch.target, batch.known) / settings.accumulate
         torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
-    return float(loss.detach())
-
-
-def _batches(sampler: Sampler, samples: range, state: TrainState) -> Iterator[Batch]:
-    """Yield the batches from the state's step on; for a GPU, each is drawn while the one before is trained on."""
-    if next(state.network.parameters()).device.type == "cpu":
-        while True:  # a second thread would only take cores from the network
-            yield sampler.batch(state.step, samples)
-    with ThreadPoolExecutor(1) as pool:
-        drawn = pool.submit(sampler.batch, state.step, samples)
-        for step in itertools.count(state.step + 1):
-            batch = drawn.result()
-            drawn = pool.submit(sampler.batch, step, samples)
-            yield batch
+    return loss.detach()

@@ -15,12 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg.errors import ModelError
 from medseg.model.networks import UNet
+from medseg.model.plan import Plan
+from medseg.model.runtime import tf32
 from medseg.train.settings import TrainSettings
 
 Forward = Callable[[Tensor], Any]
 
 
-def forward_of(network: nn.Module, settings: TrainSettings) -> Forward:
+def forward_of(network: nn.Module, settings: TrainSettings, plan: Plan) -> Forward:
     """Return how a network is run in training: with dropout, recomputing or compiled, where the recipe says so.
 
     The weights and their names stay those of the network.
@@ -29,7 +31,26 @@ def forward_of(network: nn.Module, settings: TrainSettings) -> Forward:
         add_dropout(network, settings.dropout)
     if settings.checkpointing:
         recompute(network)
-    return torch.compile(network) if settings.compile else network
+    if settings.compile:
+        return torch.compile(network)
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    plain = not settings.dropout and not settings.checkpointing
+    return _replayed(network, settings, plan) if on_gpu and plain else network
+
+
+def _replayed(network: nn.Module, settings: TrainSettings, plan: Plan) -> Forward:
+    """Return the passes of a network recorded once and replayed as a whole: a GPU waits for no kernel to be launched.
+
+    Source: CUDA graphs. Where they cannot be recorded, the network is run as it is.
+    """
+    device = next(network.parameters()).device
+    image = torch.randn((settings.batch, plan.inputs, *plan.patch), device=device)
+    try:
+        with computing(settings, device), autocast(settings, device, cached=False):
+            return torch.cuda.make_graphed_callables(network, (image,))
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return network
 
 
 def add_dropout(network: nn.Module, share: float) -> None:
@@ -82,6 +103,8 @@ def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
 
     Never half by default on a CPU or on Apple's GPUs.
     """
+    if settings.precision == "tf32":
+        return torch.float32
     if settings.precision != "auto":
         named: torch.dtype = getattr(torch, settings.precision)
         return named
@@ -90,10 +113,16 @@ def precision_of(settings: TrainSettings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which a network computes in the precision of the recipe."""
+def computing(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context for both passes, in which float32 on CUDA is float32, unless the recipe says tf32."""
+    return tf32(settings.precision == "tf32") if device.type == "cuda" else nullcontext()
+
+
+def autocast(settings: TrainSettings, device: torch.device, *, cached: bool = True) -> AbstractContextManager[Any]:
+    """Return a context for the forward pass, in which a network computes in the precision of the recipe."""
     precision = precision_of(settings, device)
-    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+    half = precision != torch.float32
+    return torch.autocast(device.type, precision, cache_enabled=cached) if half else nullcontext()
 
 
 def scaler_of(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler | None:

@@ -89,7 +89,7 @@ class _Speed:
 
 def run_steps(
     state: TrainState,
-    losses: Iterator[float],
+    losses: Iterator[list[float]],
     budget: Budget,
     files: FoldFiles,
     progress: Progress | None = None,
@@ -98,14 +98,15 @@ def run_steps(
     """Take the steps of a training: history, progress, a checkpoint each minute, at the end, and when asked to stop.
 
     With `patience` it ends early when validation patches have not been better for that share of the budget.
+    `losses` are those of `optimize`: where a step tells none, its weights may yet prove useless, and are not kept.
     Raises KeyboardInterrupt after the step in which SIGINT or SIGTERM came, with the checkpoint written.
     """
     saved = time.monotonic()
     recent: deque[float] = deque(maxlen=HISTORY_STEPS)
     speed = _Speed(state)
     with stop_signals() as stopped:
-        for loss in losses:
-            recent.append(loss)
+        for read in losses:
+            recent.extend(read)
             now = _now(state, recent, speed(state), budget, files.fold)
             if files.watch and state.step % HISTORY_STEPS == 0:
                 files.watch.note(state, now.loss, now.steps_per_s)
@@ -113,7 +114,7 @@ def run_steps(
                     state.asked = FINISH
             if _interrupted(progress, now) or stopped():
                 state.asked = INTERRUPT
-            if time.monotonic() - saved > CHECKPOINT_S:
+            if read and time.monotonic() - saved > CHECKPOINT_S:
                 files.save(state)
                 saved = time.monotonic()
         if files.watch and recent and state.asked != INTERRUPT:
@@ -127,7 +128,8 @@ def run_steps(
 def _now(state: TrainState, recent: deque[float], steps_per_s: float, budget: Budget, fold: int) -> TrainProgress:
     done = min(1.0, budget.spent(state.step, state.seconds))
     left = budget.left(state.step, state.seconds, steps_per_s)
-    return TrainProgress("train", done, state.step, sum(recent) / len(recent), steps_per_s, left, fold)
+    loss = sum(recent) / len(recent) if recent else math.nan
+    return TrainProgress("train", done, state.step, loss, steps_per_s, left, fold)
 
 
 def _interrupted(progress: Progress | None, now: TrainProgress) -> bool:

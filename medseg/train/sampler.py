@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,49 +24,60 @@ SCALING_SHARE, SCALING_RANGE = 0.15, (0.7, 1.4)
 """How often a patch is turned about each axis, and scaled, and by how much; ranges as in nnU-Net, shares by search."""
 
 Generator = np.random.Generator
+CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
     """Images (B, C, I, J, K), class numbers (B, 1, I, J, K), which outputs (B, outputs) were drawn, and seeds (B).
 
-    For regions, which may overlap, the numbers are (B, outputs, I, J, K): 1 inside, 0 outside, IGNORED.
+    For regions, which may overlap, the numbers are (B, outputs, I, J, K): 1 inside, 0 outside, IGNORED. `known` is None
+    where all outputs were drawn in all images. The seeds are on the CPU, of what is still to be changed at random.
     """
 
     images: torch.Tensor
     target: torch.Tensor
-    known: torch.Tensor
+    known: torch.Tensor | None
     seeds: torch.Tensor
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Yield batches of `size` images."""
+        for first in range(0, len(self.images), size):
+            part = slice(first, first + size)
+            known = None if self.known is None else self.known[part]
+            yield Batch(self.images[part], self.target[part], known, self.seeds[part])
+
+
+class Drawn(NamedTuple):
+    """A patch before anything of it is read: the voxel of a case at its center, and a matrix from its voxels' steps."""
+
+    case: Prepared
+    center: NDArray[np.float64]
+    matrix: NDArray[np.float64]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws patches of the plan's size from prepared cases."""
+    """Draws patches of the plan's size from prepared cases; they are cut and turned on `device`."""
 
     cases: Sequence[Prepared]
     plan: Plan
     seed: int
     foreground: float
+    device: torch.device = CPU
 
     def batch(self, step: int, samples: Iterable[int]) -> Batch:
-        """Return some of the patches of a step."""
-        parts = [self.patch(step, sample) for sample in samples]
-        return Batch(*(torch.stack(part) for part in zip(*parts, strict=True)))
-
-    def patch(self, step: int, sample: int) -> Batch:
-        """Return one patch, without the first axis of a batch, turned, scaled and mirrored at random.
+        """Return some of the patches of a step: turned, scaled and mirrored at random, and not yet otherwise changed.
 
         Raises DatasetError that names the case where its prepared files cannot be read.
         """
-        random = np.random.default_rng([self.seed, step, sample])
-        number, case = self._asked(random)
-        try:
-            return self._drawn(case, number, random)
-        except Exception as error:  # whatever it is, it must be known which case it was
-            raise DatasetError(
-                f"No patch could be drawn from {case.name}: {type(error).__name__}. Delete the cache of the model and "
-                "start again; if that does not help, look at this case.",
-                reason="case",
-            ) from error
+        drawn = [self._drawn(np.random.default_rng([self.seed, step, sample])) for sample in samples]
+        images, target = self._turned(drawn)
+        if self.plan.regions:
+            target = torch.stack([in_outputs(one, self.plan) for one in target])
+        known = np.stack([one.case.known for one in drawn])
+        seeds = torch.tensor([one.seed for one in drawn])
+        return Batch(images, target, None if known.all() else torch.from_numpy(known).to(self.device), seeds)
 
     @cached_property
     def _owners(self) -> dict[int, list[Prepared]]:
@@ -87,21 +99,31 @@ class Sampler:
             number, cases = 0, self.cases
         return number, cases[int(random.integers(len(cases)))]
 
-    def _drawn(self, case: Prepared, number: int, random: Generator) -> Batch:
-        center = self._center(case, number, random)
-        matrix = self._warp(random)
+    def _drawn(self, random: Generator) -> Drawn:
+        number, case = self._asked(random)
+        with _named(case):
+            center = self._center(case, number, random)
+        return Drawn(case, center, self._warp(random), int(random.integers(2**62)))
+
+    def _turned(self, drawn: Sequence[Drawn]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (B, C, I, J, K) and class numbers (B, 1, I, J, K), all turned at once."""
         patch = np.asarray(self.plan.patch)
-        # What the turned patch touches, with a voxel to spare for interpolation.
-        reach = np.ceil(np.abs(matrix) @ ((patch - 1) / 2) + 1).astype(int)
-        start = np.floor(center).astype(int) - reach
-        stop = np.ceil(center).astype(int) + reach + 1
-        image = torch.from_numpy(_cut(case.image, start, stop))
-        target = torch.from_numpy(_cut(case.target, start, stop).astype(np.float32)[None])
-        grid = _sampling_grid(matrix, center - start, patch, stop - start)
-        image = grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
-        target = grid_sample(target[None], grid, mode="nearest", padding_mode="border", align_corners=True)[0]
-        seed = torch.tensor(int(random.integers(2**62)))
-        return Batch(image, in_outputs(target.long(), self.plan), torch.from_numpy(case.known), seed)
+        # What each turned patch touches, with a voxel to spare for interpolation.
+        reaches = [np.ceil(np.abs(one.matrix) @ ((patch - 1) / 2) + 1).astype(int) for one in drawn]
+        starts = [np.floor(one.center).astype(int) - reach for one, reach in zip(drawn, reaches, strict=True)]
+        stops = [np.ceil(one.center).astype(int) + reach + 1 for one, reach in zip(drawn, reaches, strict=True)]
+        sizes = np.subtract(stops, starts)
+        shape = (len(drawn), self.plan.inputs + 1, *sizes.max(axis=0).tolist())
+        parts = torch.zeros(shape, device=self.device)
+        for part, one, start, stop in zip(parts, drawn, starts, stops, strict=True):
+            with _named(one.case):
+                _cut(one.case.image, part[:-1], start, stop)
+                _cut(one.case.target, part[-1], start, stop)
+        centers = np.subtract([one.center for one in drawn], starts)
+        grid = _sampling_grid(np.stack([one.matrix for one in drawn]), centers, self.plan.patch, parts)
+        images = grid_sample(parts[:, :-1], grid, mode="bilinear", padding_mode="border", align_corners=True)
+        target = grid_sample(parts[:, -1:], grid, mode="nearest", padding_mode="border", align_corners=True)
+        return images, target.long()
 
     def _center(self, case: Prepared, number: int, random: Generator) -> NDArray[np.float64]:
         size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
@@ -137,7 +159,7 @@ def in_outputs(numbers: torch.Tensor, plan: Plan) -> torch.Tensor:
         return numbers
     values = values_of(plan.labels, plan.regions)
     inside = torch.tensor([[0, *(value in region.members for value in values)] for region in plan.regions])
-    return torch.where(numbers < 0, IGNORED, inside[:, numbers[0].clamp(min=0)])
+    return torch.where(numbers < 0, IGNORED, inside.to(numbers.device)[:, numbers[0].clamp(min=0)])
 
 
 def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
@@ -148,30 +170,45 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
     return matrix
 
 
-def _cut(array: Chunks | NDArray[Any], start: NDArray[np.int_], stop: NDArray[np.int_]) -> NDArray[Any]:
-    """Return (..., I, J, K) from start to stop along the last three axes, 0 where that leaves the array."""
-    ahead, size = array.shape[:-3], np.asarray(array.shape[-3:])
+@contextmanager
+def _named(case: Prepared) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever it is, it must be known which case it was
+        raise DatasetError(
+            f"No patch could be drawn from {case.name}: {type(error).__name__}. Delete the cache of the model and "
+            "start again; if that does not help, look at this case.",
+            reason="case",
+        ) from error
+
+
+def _cut(
+    array: Chunks | NDArray[Any] | torch.Tensor, out: torch.Tensor, start: NDArray[np.int_], stop: NDArray[np.int_]
+) -> None:
+    """Put (..., I, J, K) from start to stop along the last three axes at the beginning of `out`.
+
+    What lies outside of the array is left as it is.
+    """
+    size = np.asarray(array.shape[-3:])
     first, last = np.clip(start, 0, size), np.clip(stop, 0, size)
-    result = np.zeros((*ahead, *(stop - start)), array.dtype)
-    inner = [slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True)]
+    inner: list[Any] = [slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True)]
     outer = [slice(a, b) for a, b in zip(first, last, strict=True)]
-    result[..., inner[0], inner[1], inner[2]] = array[..., outer[0], outer[1], outer[2]]
-    return result
+    where: Any = (*[slice(None)] * (len(array.shape) - 3), *outer)  # files know no ellipsis
+    part = array[where]
+    out[(..., *inner)] = part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
 
 
 def _sampling_grid(
-    matrix: NDArray[np.float64], center: NDArray[np.float64], patch: NDArray[np.int_], size: NDArray[np.int_]
+    matrices: NDArray[np.float64], centers: NDArray[np.float64], patch: Sequence[int], parts: torch.Tensor
 ) -> torch.Tensor:
+    """Return where in each of `parts` (B, C, ...) the voxels of a patch lie, (B, I, J, K, 3), for grid_sample."""
     # grid_sample counts each axis from -1 to 1 between the outer voxel centers, and names the last axis first.
-    scale = 2 / (size - 1)
-    offset = center * scale - 1
-    rows = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in patch.tolist()]
-    steps = torch.from_numpy((matrix * scale[:, None]).astype(np.float32))
-    parts = [
-        steps[axis, 0] * rows[0][:, None, None]
-        + steps[axis, 1] * rows[1][:, None]
-        + steps[axis, 2] * rows[2]
-        + offset[axis]
-        for axis in (2, 1, 0)
-    ]
-    return torch.stack(parts, dim=-1)[None].float()
+    scale = 2 / (np.asarray(parts.shape[2:]) - 1)
+    middle = (np.asarray(patch) - 1) / 2
+    steps = matrices * scale[:, None]
+    offsets = centers * scale - 1 - steps @ middle
+    affine = torch.from_numpy(np.concatenate([offsets[..., None], steps], axis=2)[:, ::-1].astype(np.float32).copy())
+    affine = affine.to(parts.device)[:, :, :, None, None, None]  # (B, axis, (offset, i, j, k), 1, 1, 1)
+    i, j, k = (torch.arange(edge, dtype=torch.float32, device=parts.device) for edge in patch)
+    grid = affine[:, :, 0] + affine[:, :, 1] * i[:, None, None] + affine[:, :, 2] * j[:, None] + affine[:, :, 3] * k
+    return grid.movedim(1, -1)

@@ -56,11 +56,11 @@ class TrainSettings(Stored):
     `optimizer` "adamw" (which wants a third of the learning rate) or "sgd", with Nesterov's `momentum`. A step sums up
     the gradients of `accumulate` batches. `dropout` is the share of feature maps that are left out at random.
     `checkpointing` computes stages again in the backward pass instead of keeping them. `precision` is that of
-    convolutions, by default half on CUDA and float32 elsewhere. `compile` runs the network through torch.compile. With
-    `early_stop` a training ends when for that share of its budget the validation patches have not been better: never by
-    default, as the learning rate is small only at the end. `ema` is the decay of the running mean of the weights, which
-    is what a model keeps. `foreground` is the share of patches that are centered on a labelled voxel. `loss` is one of
-    `train.loss`.
+    convolutions, by default half on CUDA and float32 elsewhere; tf32 is float32 with rounded factors on CUDA. `compile`
+    runs the network through torch.compile. With `early_stop` a training ends when for that share of its budget the
+    validation patches have not been better: never by default, as the learning rate is small only at the end. `ema` is
+    the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of patches that
+    are centered on a labelled voxel. `loss` is one of `train.loss`.
     """
 
     what = "recipe in train.json"
@@ -79,7 +79,7 @@ class TrainSettings(Stored):
     accumulate: int = Field(default=1, ge=1, le=2**16)
     dropout: float = Field(default=0, ge=0, lt=1)
     checkpointing: bool = False
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
     compile: bool = False
     early_stop: float = Field(default=0, ge=0, lt=1)
     folds: int = Field(default=5, ge=1, le=2**16)
