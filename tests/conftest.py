@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Compute on the CPU, in what a test starts, too, whatever the machine has, unless the test is marked `gpu`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "gpu" not in item.keywords:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            patch.setattr("torch.backends.mps.is_available", lambda: False)
+        return (yield)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def segment(
     prepared = _resized(normalized, shape, spacing, target, 3)
     if before is not None:
         labels = before.transpose(transpose)[box]
-        marked = np.where(filled | (labels > 0), labels, -1).astype(float)
+        marked = np.where(filled | (labels > 0), labels.astype(float), -1.0)
         steps = (shape, spacing, target)
         shares = np.asarray([_resized((marked == value)[None] * 1.0, *steps, 1)[0] for value in (-1, 0, 1, 2)])
         near = _resized(marked[None], *steps, 0)[0].astype(int)

@@ -170,6 +170,10 @@ WITH_IGNORED: tuple[LossName, ...] = ("dice_ce", "dice_focal", "tversky", "focal
 """The losses that can leave voxels out; MONAI's look at whole patches."""
 
 
+WAITING: tuple[LossName, ...] = ("weighted_ce", "generalized_dice", "boundary", "cldice")
+"""The losses that may wait for a GPU: those of MONAI, and one that counts."""
+
+
 def _monai(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
     return loss(_marginal(logits, known), target)
 

@@ -43,8 +43,10 @@ class Muon(Optimizer):
             if not weights:
                 continue
             change = self._hidden_changes(weights, group["momentum"]) if group["hidden"] else self._others(weights)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, change, alpha=-group["lr"])
+            rate = group["lr"]  # a number, or on a GPU a tensor of it
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            torch._foreach_mul_(change, -rate)
+            torch._foreach_add_(weights, change)
 
     def _hidden_changes(self, weights: Sequence[Tensor], share: float) -> list[Tensor]:
         gradients = _gradients(weights)
@@ -69,21 +71,28 @@ class Muon(Optimizer):
         torch._foreach_lerp_(first, gradients, 1 - BETAS[0])
         torch._foreach_lerp_(second, torch._foreach_mul(gradients, gradients), 1 - BETAS[1])
         torch._foreach_add_(steps, 1.0)
-        counts = [float(step) for step in steps]
-        unbiased = torch._foreach_div(second, [1 - BETAS[1] ** count for count in counts])
+        unbiased = torch._foreach_div(second, _bias(BETAS[1], steps))
         torch._foreach_sqrt_(unbiased)
         torch._foreach_add_(unbiased, EPSILON)
         changes = torch._foreach_div(first, unbiased)
-        torch._foreach_div_(changes, [1 - BETAS[0] ** count for count in counts])
+        torch._foreach_div_(changes, _bias(BETAS[0], steps))
         return list(changes)
 
     def _kept(self, weights: Sequence[Tensor], name: str) -> list[Tensor]:
-        """Return what is kept of each weight under a name, at first 0: for "step" a number, on the CPU that counts."""
+        """Return what is kept of each weight under a name, at first 0: for "step" one number, else of its shape."""
         for weight in weights:
             if name not in self.state[weight]:
-                like = torch.zeros(()) if name == "step" else torch.zeros_like(weight)
+                like = torch.zeros((), device=weight.device) if name == "step" else torch.zeros_like(weight)
                 self.state[weight][name] = like
         return [self.state[weight][name] for weight in weights]
+
+
+def _bias(beta: float, steps: list[Tensor]) -> list[Tensor]:
+    """Return what running means that began at 0 have seen of their numbers after so many steps: 1 - beta^step."""
+    left = torch._foreach_pow(beta, steps)
+    torch._foreach_neg_(left)
+    torch._foreach_add_(left, 1.0)
+    return list(left)
 
 
 def _gradients(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike
 
 import torch
@@ -20,6 +21,7 @@ from medseg.train.feed import batches
 from medseg.train.loss import deep_loss
 from medseg.train.options import autocast, computing, forward_of, scaler_of, seed_dropout, told_if_not_compiled
 from medseg.train.ranks import Ranks
+from medseg.train.record import Recorded, can_record
 from medseg.train.sampler import Batch, Sampler
 from medseg.train.schedules import make_optimizer, set_rates
 from medseg.train.settings import Budget, TrainSettings
@@ -44,7 +46,7 @@ def new_state(
     network = placed(network, device).train()
     average = copy.deepcopy(network)  # before options change how the network runs
     optimizer, scaler = make_optimizer(network, settings), scaler_of(settings, device)
-    return TrainState(network, average, optimizer, forward_of(network, settings, plan), scaler)
+    return TrainState(network, average, optimizer, forward_of(network, settings), scaler)
 
 
 def optimize(
@@ -64,13 +66,18 @@ def optimize(
     samples = range(ranks.rank * drawn, (ranks.rank + 1) * drawn)
     every = 1 if sampler.device.type == "cpu" else READ_STEPS
     unread: list[Tensor] = []
+    step: Callable[[Batch], Tensor] = partial(_changed, state, settings, ranks)
+    if can_record(state, settings) and ranks.size == 1:
+        step = Recorded(step)
     for batch in batches(sampler, samples, state.step):
         done = ranks.agreed(state.asked or min(1.0, budget.spent(state.step, state.seconds)))
         if done >= FINISH:
             state.asked = done
             break
         set_rates(state.optimizer, settings, done)
-        unread.append(_step(state, settings, batch, ranks))
+        seed_dropout(settings, state.step, ranks.rank)
+        unread.append(step(batch))
+        _follow(state, settings)
         state.step += 1
         losses = _read(unread, state.step) if state.step % every == 0 else []
         state.seconds += time.monotonic() - clock
@@ -93,9 +100,8 @@ def _read(unread: list[Tensor], step: int) -> list[float]:
     return losses
 
 
-def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks) -> Tensor:
-    """Take a step, and return its loss. Nothing here waits for a GPU."""
-    seed_dropout(settings, state.step, ranks.rank)
+def _changed(state: TrainState, settings: TrainSettings, ranks: Ranks, batch: Batch) -> Tensor:
+    """Change the weights by one step, and return its loss. Nothing here waits for a GPU, but for float16."""
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.stack([_gradients(state, settings, part) for part in batch.split(settings.batch)]).sum()
     ranks.average_gradients(state.network.parameters())
@@ -107,12 +113,16 @@ def _step(state: TrainState, settings: TrainSettings, batch: Batch, ranks: Ranks
         state.scaler.update()
     else:
         state.optimizer.step()
-    decay = min(settings.ema, (1 + state.step) / (10 + state.step))
-    with torch.no_grad():
-        means: list[Tensor] = list(state.average.parameters())
-        weights: list[Tensor] = list(state.network.parameters())
-        torch._foreach_lerp_(means, weights, 1 - decay)
     return loss
+
+
+def _follow(state: TrainState, settings: TrainSettings) -> None:
+    """Let the running mean of the weights follow them by a step."""
+    decay = min(settings.ema, (1 + state.step) / (10 + state.step))
+    means: list[Tensor] = list(state.average.parameters())
+    weights: list[Tensor] = list(state.network.parameters())
+    with torch.no_grad():
+        torch._foreach_lerp_(means, weights, 1 - decay)
 
 
 def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> Tensor:

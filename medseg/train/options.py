@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg.errors import ModelError
 from medseg.model.networks import UNet
-from medseg.model.plan import Plan
 from medseg.model.runtime import tf32
 from medseg.train.settings import TrainSettings
 
 Forward = Callable[[Tensor], Any]
 
 
-def forward_of(network: nn.Module, settings: TrainSettings, plan: Plan) -> Forward:
+def forward_of(network: nn.Module, settings: TrainSettings) -> Forward:
     """Return how a network is run in training: with dropout, recomputing or compiled, where the recipe says so.
 
     The weights and their names stay those of the network.
@@ -31,26 +30,7 @@ def forward_of(network: nn.Module, settings: TrainSettings, plan: Plan) -> Forwa
         add_dropout(network, settings.dropout)
     if settings.checkpointing:
         recompute(network)
-    if settings.compile:
-        return torch.compile(network)
-    on_gpu = next(network.parameters()).device.type == "cuda"
-    plain = not settings.dropout and not settings.checkpointing
-    return _replayed(network, settings, plan) if on_gpu and plain else network
-
-
-def _replayed(network: nn.Module, settings: TrainSettings, plan: Plan) -> Forward:
-    """Return the passes of a network recorded once and replayed as a whole: a GPU waits for no kernel to be launched.
-
-    Source: CUDA graphs. Where they cannot be recorded, the network is run as it is.
-    """
-    device = next(network.parameters()).device
-    image = torch.randn((settings.batch, plan.inputs, *plan.patch), device=device)
-    try:
-        with computing(settings, device), autocast(settings, device, cached=False):
-            return torch.cuda.make_graphed_callables(network, (image,))
-    except RuntimeError:
-        torch.cuda.synchronize(device)
-        return network
+    return torch.compile(network) if settings.compile else network
 
 
 def add_dropout(network: nn.Module, share: float) -> None:
@@ -118,11 +98,10 @@ def computing(settings: TrainSettings, device: torch.device) -> AbstractContextM
     return tf32(settings.precision == "tf32") if device.type == "cuda" else nullcontext()
 
 
-def autocast(settings: TrainSettings, device: torch.device, *, cached: bool = True) -> AbstractContextManager[Any]:
+def autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
     """Return a context for the forward pass, in which a network computes in the precision of the recipe."""
     precision = precision_of(settings, device)
-    half = precision != torch.float32
-    return torch.autocast(device.type, precision, cache_enabled=cached) if half else nullcontext()
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
 def scaler_of(settings: TrainSettings, device: torch.device) -> torch.amp.GradScaler | None:

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """Images (B, C, I, J, K), class numbers (B, 1, I, J, K), which outputs (B, outputs) were drawn, and seeds (B).
 
     For regions, which may overlap, the numbers are (B, outputs, I, J, K): 1 inside, 0 outside, IGNORED. `known` is None
-    where all outputs were drawn in all images. The seeds are on the CPU, of what is still to be changed at random.
+    where all outputs were drawn in all cases. The seeds are on the CPU, of what is still to be changed at random.
     """
 
     images: torch.Tensor
@@ -75,9 +75,14 @@ class Sampler:
         images, target = self._turned(drawn)
         if self.plan.regions:
             target = torch.stack([in_outputs(one, self.plan) for one in target])
-        known = np.stack([one.case.known for one in drawn])
-        seeds = torch.tensor([one.seed for one in drawn])
-        return Batch(images, target, None if known.all() else torch.from_numpy(known).to(self.device), seeds)
+        known = None
+        if not self._all_drawn:
+            known = torch.from_numpy(np.stack([one.case.known for one in drawn])).to(self.device)
+        return Batch(images, target, known, torch.tensor([one.seed for one in drawn]))
+
+    @cached_property
+    def _all_drawn(self) -> bool:
+        return all(case.known.all() for case in self.cases)
 
     @cached_property
     def _owners(self) -> dict[int, list[Prepared]]:

@@ -22,20 +22,39 @@ POWER = 0.9
 
 
 def make_optimizer(network: nn.Module, settings: TrainSettings) -> Optimizer:
-    """Return the optimizer of a recipe: Muon, AdamW, or gradient descent with Nesterov's momentum."""
+    """Return the optimizer of a recipe: Muon, AdamW, or gradient descent with Nesterov's momentum.
+
+    On CUDA learning rates lie in tensors, so that recorded steps follow them.
+    """
+    device = next(network.parameters()).device
+    on_cuda = device.type == "cuda"
+    optimizer = _optimizer(network, settings, fused=on_cuda)
+    for group in optimizer.param_groups if on_cuda else ():
+        group["lr"] = torch.tensor(settings.learning_rate, device=device)
+    return optimizer
+
+
+def _optimizer(network: nn.Module, settings: TrainSettings, *, fused: bool) -> Optimizer:
     if settings.optimizer == "muon":
         return Muon(network, settings.learning_rate, settings.weight_decay)
     weights, rate, decay = network.parameters(), settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         momentum = settings.momentum
-        return torch.optim.SGD(weights, rate, momentum, weight_decay=decay, nesterov=momentum > 0, foreach=True)
-    return torch.optim.AdamW(weights, rate, weight_decay=decay, foreach=True)
+        nesterov = momentum > 0
+        return torch.optim.SGD(
+            weights, rate, momentum, weight_decay=decay, nesterov=nesterov, foreach=not fused, fused=fused
+        )
+    return torch.optim.AdamW(weights, rate, weight_decay=decay, foreach=not fused, fused=fused)
 
 
 def set_rates(optimizer: Optimizer, settings: TrainSettings, done: float) -> None:
     """Set learning rate, and with one-cycle the momentum, to what they are when `done` of the budget is spent."""
     for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * share_of_rate(settings, done)
+        rate = settings.learning_rate * share_of_rate(settings, done)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         if settings.schedule == "one_cycle":
             low, high = MOMENTA
             momentum = high - (high - low) * _cycle(done, 0.0, 0.0)
