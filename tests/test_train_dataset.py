@@ -420,3 +420,20 @@ def test_a_plan_that_is_brought_along_does_not_spare_the_checks(tmp_path):
     (root / "images/case_1.nii.gz").unlink()
     with pytest.raises(DatasetError, match="case_1: image is missing"):
         plan_dataset(root, tmp_path / "other")
+
+
+def test_a_channel_that_covers_a_part_of_the_first_is_a_warning_that_names_the_case(tmp_path):
+    root = make_balls(tmp_path / "balls", cases=3)
+    content = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(content | {"channel_names": {"0": "T1", "1": "FLAIR"}}))
+    for place in range(3):
+        image = load(root / f"images/case_{place}.nii.gz")
+        (root / f"images/case_{place}.nii.gz").unlink()
+        other = image.with_array(image.array + np.float32(1))
+        half = (other.grid.shape[0] // 2, *other.grid.shape[1:])
+        for channel, volume in enumerate((image, other.cropped((0, 0, 0), half) if place == 1 else other)):
+            save(volume, root / f"images/case_{place}_{channel:04d}.nii.gz", source=None)
+    with pytest.warns(UserWarning) as caught:
+        fingerprint(read_dataset(root))
+    texts = " ".join(str(one.message) for one in caught)
+    assert "1 case(s) have a channel that covers a part of the first alone, and is filled up: case_1" in texts

@@ -30,7 +30,8 @@ def load(
     """Return the image that `path` holds: a NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.
 
     Several paths give one volume with their images as channels, on the grid of the first. The others are resampled
-    onto it (cubic, 0 outside) where their files share its frame of reference; without one, the grids must match.
+    onto it (cubic; outside air in a CT, else the least value, with a warning) where their files share its frame of
+    reference; without one, the grids must match.
     `assume_orientation` says where the stored axes point ("RAS": i to the right, j to the front, k to the head) in
     files that do not say so themselves; such an image is centered at 0 0 0. It changes nothing for other files.
     One NIfTI file may hold several `channels` along its fourth axis, where that many are expected; else a fourth axis
@@ -146,10 +147,18 @@ def _onto(grid: Grid, volume: Volume, first: Path, path: Path) -> Array:
             path=path,
             reason="frame_of_reference",
         )
-    from medseg.process.resample import resample
+    from medseg.process.channels import onto_first
 
     with reading(path):
-        return resample(volume, grid, order=3, fill=0.0).array
+        return onto_first(volume, grid, modality=_modality(path))
+
+
+def _modality(path: Path) -> str | None:
+    if _format(path) != "dicom":
+        return None
+    from medseg.io import dicom_series
+
+    return dicom_series.modality(path)
 
 
 def _frame_of_reference(path: Path) -> str | None:

@@ -174,6 +174,11 @@ def frame_of_reference(folder: str | os.PathLike[str], *, series_uid: str | None
     return choose(folder, series_uid)[0].frame_of_reference_uid
 
 
+def modality(folder: str | os.PathLike[str]) -> str:
+    """Return the modality ("CT", "MR") of the series that `read` would read. Raises what `read` raises for headers."""
+    return choose(folder, None)[0].modality
+
+
 def files_below(path: Path) -> list[Path]:
     """Return the files at or below a path that may be DICOM, sorted. Raises UnreadableFile."""
     with reading(path):

@@ -22,9 +22,9 @@ from medseg.io.label_table import write_table
 from medseg.io.rtstruct import save_rtstruct
 from medseg.io.structures import beside
 from medseg.labels import Label
+from medseg.process.channels import onto_first
 from medseg.process.cleanup import drop_small, fill_holes, keep_largest
 from medseg.process.register import register_rigid
-from medseg.process.resample import resample
 from medseg.report.dicom_sr import save_dicom_sr
 from medseg.report.measurements import Measurement, measure, save_measurements
 from medseg.report.pictures import draw_overlay
@@ -272,7 +272,7 @@ def read_channels(series: Sequence[Series]) -> tuple[Volume, list[dict[str, Any]
             registration = register_rigid(channel, image)
             channel = registration.applied(channel)
             facts.append({"channel": number, **registration.to_dict()})
-        arrays.append(channel.array if channel.grid.matches(grid) else resample(channel, grid, order=3, fill=0.0).array)
+        arrays.append(onto_first(channel, grid, modality=one.modality))
     return Volume(np.concatenate(arrays), grid), facts
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import DatasetError, MedsegError
-from medseg.io import load
+from medseg.io import load, read_grid
 from medseg.labels import label_map
+from medseg.process.channels import WHOLE, covered
 from medseg.train.dataset import Case, Dataset, missing_files
 from medseg.volume import Volume
 
@@ -61,6 +62,8 @@ def check_case(case: Case, dataset: Dataset) -> tuple[Findings, Volume | None, V
         return Findings([f"{part}{error}"]), None, None
     found = Findings()
     _check_image(image, dataset, found)
+    if any(covered(image.grid, read_grid(file)) < WHOLE for file in case.images[1:]):
+        found.oddities.append("a channel that covers a part of the first alone, and is filled up")
     _check_labels(values, case, dataset, found)
     return found, image, labels
 
