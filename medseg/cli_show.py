@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,28 +28,40 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
+LINE_S = 60.0
+"""Between two lines on how far the work is, where standard error is no terminal."""
+
+SHORT, LEAST = 24, 12
+"""Characters of cells that stay in one piece, and that a column of longer ones needs to fold into."""
+
+SHOWN = ("surface_dice", "hd95_mm", "volume_difference_ml")
+"""Scores that fit beside Dice into 80 columns; JSON and CSV have all of them."""
+
 out = Console()
 err = Console(stderr=True)
 
 
 @contextmanager
 def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
-    """Give a function that keeps a table of a batch up to date on standard error, if that is a terminal."""
+    """Give a function that keeps a table of a batch up to date on standard error, or writes a line a minute there."""
     from rich.live import Live
 
-    began = time.monotonic()
+    began, write = time.monotonic(), line_a_minute()
+
+    def summary(now: BatchProgress) -> str:
+        fresh = now.ended.total() - now.kept
+        left = now.total - now.ended.total()
+        remaining = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
+        counts = ", ".join(f"{now.ended[status]} {status}" for status in ("done", "refused", "failed"))
+        return f"{count(now.total, 'study')}: {counts}, {left} to do, {remaining} left, {count(now.workers, 'worker')}"
+
     if not err.is_terminal:
-        yield lambda _: None
+        yield lambda now: write(summary(now))
         return
     with Live(console=err, refresh_per_second=4) as live:
 
         def show(now: BatchProgress) -> None:
-            fresh = now.ended.total() - now.kept
-            left = now.total - now.ended.total()
-            remaining = clock((time.monotonic() - began) / fresh * left) if fresh else "?"
-            counts = "  ".join(f"{now.ended[status]} {status}" for status in ("done", "refused", "failed"))
-            title = f"{now.total} studies: {counts}  {left} to do, {remaining} left, {now.workers} workers"
-            table = Table(title=title, title_justify="left")
+            table = Table(title=summary(now), title_justify="left")
             for column in ("worker", "study", "stage", "seconds"):
                 table.add_column(column)
             for name, study, path, stage, seconds in now.running:
@@ -59,7 +73,7 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float, str], None]]:
-    """Give a function (stage, share done, detail) that moves a bar on standard error, if that is a terminal."""
+    """Give a function (stage, share done, detail) that moves a bar on standard error, or writes a line a minute."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -67,7 +81,10 @@ def progress() -> Iterator[Callable[[str, float, str], None]]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=err, disable=not err.is_terminal) as bar:
+    if not err.is_terminal:
+        yield _lines()
+        return
+    with Progress(*columns, TimeElapsedColumn(), console=err) as bar:
         stages: dict[str, TaskID] = {}
 
         def show(stage: str, done: float, detail: str) -> None:
@@ -76,6 +93,30 @@ def progress() -> Iterator[Callable[[str, float, str], None]]:
             bar.update(stages[stage], completed=done, detail=detail)
 
         yield show
+
+
+def _lines() -> Callable[[str, float, str], None]:
+    """Return a function (stage, share done, detail) that writes a line a minute: what, how far, and what is left."""
+    write, began = line_a_minute(), dict[str, float]()
+
+    def show(stage: str, done: float, detail: str) -> None:
+        seconds = time.monotonic() - began.setdefault(stage, time.monotonic())
+        left = f"  {clock(seconds / done * (1 - done))} left" if done and "left" not in detail else ""
+        write(f"{stage}: {100 * done:.0f} %  {detail}{left}")
+
+    return show
+
+
+def line_a_minute() -> Callable[[str], None]:
+    """Return a function that writes a line when a minute has passed since the last one, or since the start."""
+    last = [time.monotonic()]
+
+    def write(text: str) -> None:
+        if time.monotonic() - last[0] >= LINE_S:
+            last[0] = time.monotonic()
+            err.print(f"medseg: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    return write
 
 
 def tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], None]:
@@ -103,13 +144,23 @@ def print_json(content: object) -> None:
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a table; their keys are the columns."""
-    table = Table(title=Text(title, "table.title"), title_justify="left")  # brackets of a path are no markup
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(plain(row.get(column, "")) for column in columns))
+    """Print rows as a table; their keys are the columns. Short cells and numbers are in one piece, long ones fold."""
+    # Brackets of a path are no markup.
+    table = Table(title=Text(title, "table.title"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    cells = {
+        key: [plain(row.get(key, "")) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
+    }
+    heads = {key: key.split("_") for key in cells}
+    widths = {key: max(map(cell_len, (*heads[key], *lines))) for key, lines in cells.items()}
+    short = {key for key, width in widths.items() if width <= SHORT}
+    needed = sum(widths[key] for key in short) + LEAST * (len(widths) - len(short)) + 2 * len(widths)
+    for key in cells:
+        whole = key in short and needed <= out.width
+        numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+        head = ("\n" if whole else " ").join(heads[key])
+        table.add_column(head, overflow="fold", no_wrap=whole, justify="right" if numbers else "left")
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*line)
     out.print(table, markup=False)
 
 
@@ -122,16 +173,21 @@ def print_series(facts: dict[str, Any]) -> None:
         number = f"{one['series']}/{one['part']}" if (one["study"], one["series"]) in parted else one["series"]
         rows.append({"study": one["study"], "series": number, "kind": one["modality"]})
         rows[-1] |= {"description": one["description"]} if "description" in one else {}
-        rows[-1] |= {"slices": one["slices"], "matrix": one["matrix"], "spacing_mm": one.get("spacing_mm")}
-        rows[-1] |= {"axes": one.get("orientation"), "tilt": f"{one.get('tilt_deg', 0):.1f}°"}
-        rows[-1] |= {"verdict": one["verdict"] + (f": {one['reason']}" if one["reason"] else "")}
+        spacing_mm = [round(length, 2) for length in one.get("spacing_mm", ())]
+        rows[-1] |= {"voxels": [*one["matrix"], one["slices"]], "spacing_mm": spacing_mm}
+        rows[-1] |= {
+            "axes": one.get("orientation"),
+            "tilt": f"{one.get('tilt_deg', 0):.1f}°",
+            "verdict": one["verdict"],
+        }
     studies = len({one["study"] for one in (*series, *problems)})
-    print_table(f"{studies} {'study' if studies == 1 else 'studies'}, {len(rows)} series", rows)
+    print_table(f"{count(studies, 'study')}, {len(rows)} series", rows)
     for row, one in zip(rows, series, strict=True):
         if one["text"] is not None:
-            out.print(f"study {row['study']}, series {row['series']}: {one['text']}", markup=False, highlight=False)
+            told = f"study {row['study']}, series {row['series']}: {one['reason']}: {one['text']}"
+            out.print(told, markup=False, highlight=False, soft_wrap=True)
     for problem in problems:
-        out.print(f"study {problem['study']}: {problem['text']}", markup=False, highlight=False)
+        out.print(f"study {problem['study']}: {problem['text']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
@@ -177,14 +233,12 @@ def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
     if as_json:
         print_json(content)
         return
-    keys = ("dice", "precision", "recall", "surface_dice", "hd95_mm", "mean_surface_mm", "volume_difference_ml")
-    rows = [{"label": row["name"], **{key: row[key] for key in keys}} for row in content["labels"]]
-    for row, label in zip(rows, content["labels"], strict=True):
-        if label["dice_low"] is not None:
-            row["dice"] = f"{label['dice']:.3f} ({label['dice_low']:.3f} to {label['dice_high']:.3f})"
-    print_table(
-        f"{title}: {len(scores.cases)} cases", [*rows, {"label": "mean", **{key: content["mean"][key] for key in keys}}]
-    )
+    rows = []
+    for name, row in [*((row["name"], row) for row in content["labels"]), ("mean", content["mean"])]:
+        ends = (row.get("dice_low"), row.get("dice_high"))
+        interval = "" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
+        rows.append({"label": name, "dice": row["dice"], "95 %_interval": interval, **{key: row[key] for key in SHOWN}})
+    print_table(f"{title}: {count(len(scores.cases), 'case')}", rows)
 
 
 def plain(value: object) -> str:
@@ -194,6 +248,11 @@ def plain(value: object) -> str:
     if isinstance(value, list):
         return "×".join(f"{part:g}" if isinstance(part, float) else str(part) for part in value)
     return "" if value is None else str(value)
+
+
+def count(number: int, what: str) -> str:
+    """Return a number with what it counts, such as "1 study" and "2 studies"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what[:-1]}ies" if what[-1] == "y" else f"{number} {what}s"
 
 
 def clock(seconds: float) -> str:
@@ -217,4 +276,5 @@ def show_outcomes(outcomes: Sequence[Outcome], *, show_paths: bool, as_json: boo
             out.print(f"{name}: {one.status}, {one.reason}: {one.text}", markup=False, highlight=False)
     counts = [f"{sum(one.status == status for one in outcomes)} {status}" for status in ("done", "refused", "failed")]
     kept = sum(one.kept for one in outcomes)
-    out.print(f"{len(outcomes)} studies: {', '.join(counts)}; {kept} of them by an earlier run", highlight=False)
+    total = f"{count(len(outcomes), 'study')}: {', '.join(counts)}; {kept} of them by an earlier run"
+    out.print(total, highlight=False, soft_wrap=True)

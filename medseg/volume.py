@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from nibabel import orientations
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from medseg.errors import GeometryError
 
@@ -203,6 +203,17 @@ class Volume:
             )
         if self.array.dtype.kind not in "buif":
             raise GeometryError(f"Voxels are real numbers; these are of type {self.array.dtype}.")
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Array:
+        """Return the voxels (C, I, J, K), as `np.asarray(volume)` asks for them; a copy only where it must be one.
+
+        Raises ValueError where `copy` is False and another type needs one.
+        """
+        if dtype is not None and np.dtype(dtype) != self.array.dtype:
+            if copy is False:
+                raise ValueError("Voxels of another type are a copy, and none is allowed (copy=False).")
+            return self.array.astype(dtype)
+        return self.array.copy() if copy else np.asarray(self.array)
 
     def with_array(self, array: Array) -> Volume:
         """Return other voxels in the same place."""

@@ -429,7 +429,7 @@ def test_dicom_outputs_lie_on_the_slices_of_the_source_or_say_why_not(tmp_path):
     labels = load(tmp_path / "out" / names[1] / "labels.nii.gz")
     assert labels.grid.shape[2] > 8
     assert blank["status"] == "done"
-    assert [one["file"] for one in blank["outputs"]] == ["labels.nii.gz"]
+    assert [one["file"] for one in blank["outputs"]] == ["labels.labels.json", "labels.nii.gz"]
     assert {name: why["reason"] for name, why in blank["not_written"].items()} == dict.fromkeys(
         ("seg", "seg_labelmap", "rtstruct", "sr"), "unreferable_source"
     )

@@ -346,3 +346,22 @@ def test_the_box_of_a_mask_ends_behind_its_last_voxels():
     assert box_of(mask) is None
     mask[1, 2, 0] = mask[3, 2, 4] = True
     assert box_of(mask) == (slice(1, 4), slice(2, 3), slice(0, 5))
+
+
+def test_numpy_takes_a_volume_for_its_voxels(volume):
+    assert np.asarray(volume) is volume.array
+    assert np.shares_memory(np.asarray(volume, dtype=np.int16), volume.array)
+    copied = np.array(volume)
+    assert not np.shares_memory(copied, volume.array)
+    np.testing.assert_array_equal(copied, volume.array)
+    converted = np.asarray(volume, dtype=np.float64)
+    assert (converted.dtype, converted.shape) == (np.float64, volume.array.shape)
+    assert np.array(volume, dtype=np.float32).dtype == np.float32
+    assert float(np.mean(volume)) == volume.array.mean()
+
+
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="numpy 1 knows no copy=False of this kind")
+def test_numpy_may_ask_for_no_copy(volume):
+    assert np.array(volume, copy=False) is volume.array
+    with pytest.raises(ValueError, match="copy"):
+        np.array(volume, dtype=np.float64, copy=False)
