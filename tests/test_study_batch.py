@@ -36,7 +36,8 @@ from medseg.study.archive import opened
 from medseg.study.batch import Options, Progress, run_batch
 from medseg.study.cohort import find_cohort
 from medseg.study.engine import Hand
-from medseg.study.find import listed, read_studies
+from medseg.study.find import read_studies
+from medseg.study.listing import listed
 from medseg.study.run import ending, only_study
 from medseg.study.worker import Start
 
@@ -384,6 +385,10 @@ def test_wrong_use_is_said_before_anything_is_made(tmp_path, pipeline):
         run_batch(pipeline, tmp_path / "studies", tmp_path / "out", Options(workers=0))
     with pytest.raises(UsageError, match="would lie among the studies"):
         run_batch(pipeline, tmp_path / "studies", tmp_path / "studies" / "out")
+    write_study(tmp_path / "results" / "of_before", 1)
+    (tmp_path / "studies" / "link").symlink_to(tmp_path / "results")
+    with pytest.raises(UsageError, match="would lie among the studies"):
+        run_batch(pipeline, tmp_path / "studies", tmp_path / "results")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnreadableFile, match="no DICOM file here"):
         run_batch(pipeline, tmp_path / "empty", tmp_path / "out")

@@ -44,8 +44,9 @@ def as_a_user(command: Sequence[str]) -> list[str]:
 
 def test_files_and_folders_without_permission_and_cut_files(tmp_path, pipeline):
     studies, out = tmp_path / "studies", tmp_path / "out"
-    for number in range(5):
+    for number in range(6):
         write_study(studies, number)
+    listed = studies / "DOE_JANE_5"  # and not entered
     unreadable = sorted((studies / "DOE_JANE_1").iterdir())[2]
     closed = studies / "DOE_JANE_2"
     cut = sorted((studies / "DOE_JANE_3").iterdir())[2]
@@ -54,17 +55,19 @@ def test_files_and_folders_without_permission_and_cut_files(tmp_path, pipeline):
     cut.write_bytes(cut.read_bytes()[:-7])  # in its pixels
     unreadable.chmod(0)
     closed.chmod(0)
+    listed.chmod(0o444)
     try:
-        for command in (["cat", str(unreadable)], ["ls", str(closed)]):
+        for command in (["cat", str(unreadable)], ["ls", str(closed)], ["cat", *map(str, listed.iterdir())]):
             assert "Permission denied" in run(as_a_user(command)).stderr
         done = run(as_a_user(batch_command(pipeline, studies, out)))
     finally:
         unreadable.chmod(0o600)
         closed.chmod(0o700)
+        listed.chmod(0o700)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert sorted(complete(out).values()) == ["done", *["failed"] * 4]
-    assert done.stdout.count("failed, unreadable") == 4
+    assert sorted(complete(out).values()) == ["done", *["failed"] * 5]
+    assert done.stdout.count("failed, unreadable") == 5
     assert not [*(out / ".work").iterdir(), *(out / ".claims").iterdir()]
     assert_no_secret(out, done.stdout, done.stderr)
 

@@ -46,9 +46,16 @@ def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[Unread
             continue
         if ending == ".dcm" or (beside and ending in DICOM_ENDINGS):
             text = f"A file is called {ending} and is empty, damaged or no DICOM. Copy or export it again."
-        elif beside and file.stat().st_size < LEAST_BYTES:
+        elif beside and _size(file) < LEAST_BYTES:
             text = "A file beside the slices is empty or too short: a slice may be missing. Copy or export it again."
         else:
             continue
         found.append(UnreadableFile(text, path=file))
     return found
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0  # gone meanwhile

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from medseg.errors import InputError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
-from medseg.io.dicom_lost import lost_slices, may_hold_slices
+from medseg.io.dicom_lost import lost_slices
 from medseg.io.dicom_pixels import Native, read_pixels
 from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
 from medseg.io.files import reading
+from medseg.io.listing import slice_files
 from medseg.volume import Array, Grid, Volume
 
 NO_SCANS = frozenset({"localizer", "not_an_image", "color"})
@@ -184,8 +185,7 @@ def files_below(path: Path) -> list[Path]:
     with reading(path):
         if path.is_file():
             return [path]
-        below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names)
-        return sorted(filter(may_hold_slices, below))
+        return slice_files(path, _fail)
 
 
 def _fail(error: OSError) -> None:

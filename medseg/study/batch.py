@@ -102,9 +102,13 @@ def run_batch(
     check_pipeline(chosen)
     if options.deidentify:
         check_deidentified(chosen)
-    if Path(out).resolve().is_relative_to(Path(studies).resolve()):
-        raise UsageError("The outputs would lie among the studies: give a folder outside of theirs.", path=out)
+    whole = Path(out).resolve()
+    among = UsageError("The outputs would lie among the studies: give a folder outside of theirs.", path=out)
+    if whole.is_relative_to(Path(studies).resolve()):
+        raise among
     entries = find_cohort(studies, options.shard)
+    if any(folder.resolve().is_relative_to(whole) for folder in {file.parent for one in entries for file in one.files}):
+        raise among  # a link leads there
     if not entries and options.shard is None:
         raise UnreadableFile("There is no DICOM file here.", path=studies, reason="no_dicom")
     ledger = Ledger.open(out, deidentify=options.deidentify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -13,8 +14,8 @@ from medseg.io.dicom_lost import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive
-from medseg.study.find import listed
 from medseg.study.headers import all_headers, all_study_uids
+from medseg.study.listing import listed
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,19 @@ def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError]
         homes = [identity for identity, known in folders.items() if _beside(path, known, root)]
         for identity in homes or [f"path {_below(path, root)}"]:
             groups.setdefault(identity, []).append(path)
-            folders.setdefault(identity, set()).add(path.parent)
+            if not _is_folder(path):  # folders side by side may be of two patients
+                folders.setdefault(identity, set()).add(path.parent)
 
 
 def _beside(path: Path, folders: set[Path], root: Path) -> bool:
     """Return whether what could not be read may belong to a study in these folders: in one, or side by side."""
     if path.parent in folders:
         return True
-    return path.is_dir() and path.parent != root and any(path.parent in folder.parents for folder in folders)
+    return _is_folder(path) and path.parent != root and any(path.parent in folder.parents for folder in folders)
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - pathlib raises where nothing may be looked at
 
 
 def _below(path: Path, root: Path) -> str:

@@ -29,7 +29,8 @@ from medseg.study.archive import opened
 from medseg.study.choose import choose
 from medseg.study.cohort import Entry, find_cohort, with_objects
 from medseg.study.dataset_folder import CaseOutcome, DatasetFolder
-from medseg.study.find import Study, listed, read_studies
+from medseg.study.find import Study, read_studies
+from medseg.study.listing import listed
 from medseg.study.rules import DatasetRules, LabelRule, load_rules
 from medseg.study.run import ending, only_study, read_channels
 from medseg.volume import Array, Grid, Volume

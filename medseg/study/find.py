@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,16 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.errors import MedsegError, UnreadableFile
-from medseg.io.dicom_file import read_data
+from medseg.errors import MedsegError
 from medseg.io.dicom_geometry import parallel
-from medseg.io.dicom_header import parsing
-from medseg.io.dicom_lost import lost_slices, may_hold_slices
+from medseg.io.dicom_lost import lost_slices
 from medseg.io.dicom_pixels import PIXEL_REASONS
 from medseg.io.dicom_series import Series, make_series
 from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
+from medseg.study.listing import listed
 
 LEAST_PART = 3
 """A part of a series counts as regular from so many slices on: two always have equal steps."""
@@ -45,7 +43,7 @@ def find_studies(path: str | PathLike[str]) -> list[Study]:
 
     Files count whatever they are called. Each series is split into stacks, see `split`. What cannot be read is listed
     with the studies that have files in the same folder, or as a study of its own.
-    Raises UnreadableFile where the path itself is missing.
+    Raises UnreadableFile where the path itself is missing, or a DICOMDIR is damaged.
     """
     with reading(path):
         Path(path).stat()
@@ -68,19 +66,6 @@ def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) ->
             found.setdefault(part.study_uid or str(file.parent), []).append(part)
     problems += lost_slices(others, {part.path.parent for slices in found.values() for part in slices})
     return [*_with_problems([_study(slices) for slices in found.values()], problems)]
-
-
-def listed(path: Path, problems: list[MedsegError]) -> list[Path]:
-    """Return the files to look into at or below a path, sorted; folders that cannot be entered go to `problems`."""
-    if path.is_file():
-        return _of_dicomdir(path, problems) or [path]
-
-    def fail(error: OSError) -> None:
-        text = f"A folder could not be opened: {error.strerror}. Check its permissions."
-        problems.append(UnreadableFile(text, path=error.filename))
-
-    below = (Path(folder, name) for folder, _, names in os.walk(path, onerror=fail) for name in names)
-    return sorted(filter(may_hold_slices, below))
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
@@ -123,27 +108,6 @@ def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) ->
         yield replace(study, problems=tuple(its))
     for error in homeless:
         yield Study("", (), (error.path,) if error.path else (), (error,))
-
-
-def _of_dicomdir(path: Path, problems: list[MedsegError]) -> list[Path]:
-    """Return the files that a DICOMDIR names, none where the file is no DICOMDIR (PS3.10 8, PS3.3 F)."""
-    try:
-        with parsing(path):
-            records = read_data(path, ["DirectoryRecordSequence"]).get("DirectoryRecordSequence") or ()
-            named = [record.get("ReferencedFileID") for record in records]
-    except MedsegError:
-        return []
-    files = []
-    for parts in ([one] if isinstance(one, str) else list(one) for one in named if one):
-        if any(part in {"", ".", ".."} or {"/", "\\"} & set(part) for part in parts):
-            problems.append(UnreadableFile("The DICOMDIR names a file outside its folder.", path=path))
-            continue
-        file = path.parent.joinpath(*parts)
-        if file.is_file():
-            files.append(file)
-        else:
-            problems.append(UnreadableFile("A file that the DICOMDIR names is missing.", path=file, reason="missing"))
-    return files
 
 
 def _alike(first: Slice, other: Slice) -> bool:

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 from medseg.errors import OutputError
 from medseg.study.archive import is_archive, opened
 from medseg.study.deidentify import deidentify
-from medseg.study.find import listed
 from medseg.study.ledger import Ledger, clear, emptied, sha256
+from medseg.study.listing import listed
 from medseg.study.pipeline import Pipeline
 from medseg.study.processes import end_with
 from medseg.study.run import Job, ending, import_ahead, read_job, segment_job, versions, write_job
