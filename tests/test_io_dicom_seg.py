@@ -534,6 +534,7 @@ def test_segments_that_cannot_be_told_apart_are_refused(
         ("SURFACE", "SegmentationType"),
         ("FRACTIONAL", "MaximumFractionalValue"),
         ("BINARY", "PerFrameFunctionalGroupsSequence"),
+        ("BINARY", "PixelData"),
     ],
 )
 def test_what_a_seg_lacks_is_named(source: Path, kind: str, name: str) -> None:
@@ -541,9 +542,17 @@ def test_what_a_seg_lacks_is_named(source: Path, kind: str, name: str) -> None:
     data = pydicom.dcmread(path)
     data.SegmentationType = kind
     if kind == "BINARY":
-        del data.PerFrameFunctionalGroupsSequence
+        delattr(data, name)
     data.save_as(path)
     with pytest.raises(InputError, match=f"does not state its {name}"):
+        load_dicom_seg(path, source=source)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_frames_that_are_not_all_described_are_refused(source: Path, change: int) -> None:
+    path = written(source)[1]
+    path = changed(path, NumberOfFrames=pydicom.dcmread(path).NumberOfFrames + change)
+    with pytest.raises(InputError, match="states 1[13] frames and describes 12"):
         load_dicom_seg(path, source=source)
 
 

@@ -98,13 +98,21 @@ def places_of(
 def _kind(data: Dataset) -> str:
     """Return the SegmentationType. Raises InputError (`not_seg`) where the SEG lacks what says how to read it."""
     kind = str(data.get("SegmentationType") or "")
-    needed = ["PerFrameFunctionalGroupsSequence", *(["MaximumFractionalValue"] if kind == "FRACTIONAL" else [])]
+    needed = ["PerFrameFunctionalGroupsSequence", "PixelData"]
+    needed += ["MaximumFractionalValue"] if kind == "FRACTIONAL" else []
     missing = [name for name in needed if not data.get(name)]
     if kind not in {"BINARY", "FRACTIONAL", "LABELMAP"}:
         missing.insert(0, "SegmentationType (BINARY, FRACTIONAL or LABELMAP)")
     if missing:
         raise InputError(
             f"The SEG does not state its {', '.join(missing)}, so its frames mean nothing. Export it again.",
+            reason="not_seg",
+        )
+    frames, described = whole(data, "NumberOfFrames"), len(data.PerFrameFunctionalGroupsSequence)
+    if frames != described:
+        raise InputError(
+            f"The SEG states {frames} frames and describes {described}, so it is unknown which are which. "
+            "Export it again.",
             reason="not_seg",
         )
     return kind
