@@ -381,7 +381,9 @@ def test_prepared_cases_are_kept_and_made_anew_when_a_file_changes(balls, plan, 
     labels = load(cases[0].label)
     save(labels.with_array(1 - labels.array), cases[0].label)
     prepare_cases(cases, plan, tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == len(first) + 3  # image, target and places of one case
+    assert (
+        len(list((tmp_path / "cache").iterdir())) == len(first) + 4
+    )  # image, target, places and lost parts of one case
 
 
 def test_a_prepared_file_that_was_cut_short_is_made_again(balls, plan, tmp_path):

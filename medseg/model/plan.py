@@ -143,6 +143,7 @@ class Plan(Stored):
     it voxels stay as they are), normalized per channel (before that, with `normalize_first`) and cut into tiles of
     `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
     Tiles lie half a patch apart, or as `tiling` says. What is interpolated back are logits, or their `activation`.
+    With `keep_small` each part of a label that resampling would lose in training keeps one voxel.
     In the end each group of `keep_largest`, some label values taken together, keeps its largest piece alone.
     The network's output 0 is background, output n the n-th label of the table; with `regions` each output is one of
     them, there where its score is above 0, and later ones are painted over earlier ones. With `previous` the model in
@@ -163,6 +164,7 @@ class Plan(Stored):
     normalize_first: bool = False
     crop_nonzero: bool = False
     measured_only: bool = False
+    keep_small: bool = False
     previous: bool = False
     keep_largest: tuple[tuple[Count, ...], ...] = ()
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()

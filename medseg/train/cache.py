@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from medseg.train.dataset_json import members_of, values_of
 from medseg.train.file_hashes import FileHashes
 from medseg.train.loss import IGNORED
 from medseg.train.parallel import Progress, side_by_side
+from medseg.train.small_parts import keep_parts, lost_parts, warn_of_lost
 
 PLACES_PER_CLASS = 10_000
 """Labelled voxels of each class that a case remembers, to center patches on."""
 
-FORMAT = 3
+FORMAT = 4
 """Goes up when prepared cases mean something else than before; older ones are made again."""
 
 CHUNKS, BLOCKS = 96, 32
@@ -42,11 +43,11 @@ own cache."""
 PACKING = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1}
 """Fast to unpack (benchmarks/cache_formats.py); cases are packed side by side."""
 
-FILES = {"image": "image.b2nd", "target": "target.b2nd", "places": "places.npy"}
+FILES = {"image": "image.b2nd", "target": "target.b2nd", "places": "places.npy", "lost": "lost.npy"}
 
 PREPARING = {
     "channels", "labels", "regions", "orientation", "spacing_mm", "resampling", "normalize_first", "crop_nonzero",
-    "measured_only",
+    "measured_only", "keep_small",
 }  # fmt: skip
 """The fields of a plan that decide what a prepared case is."""
 
@@ -99,7 +100,7 @@ class Prepared:
 
     Classes are the values that label files mark, numbered from 1; IGNORED is where nobody looked. `places` maps each
     class that occurs to voxel indices (N, 3) of it, and 0, where something is ignored, to any that is not. `known`
-    (outputs,) says which outputs were drawn.
+    (outputs,) says which outputs were drawn, `lost` (N, 5) what resampling lost (`LostParts.row`).
     """
 
     name: str
@@ -107,6 +108,7 @@ class Prepared:
     target: Chunks | NDArray[np.integer] | Tensor
     places: dict[int, Places]
     known: NDArray[np.bool_]
+    lost: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 5), np.int64))
 
 
 def prepare_cases(
@@ -116,6 +118,7 @@ def prepare_cases(
 
     Their files are named by a hash of the plan's preprocessing and of the content of the source files, so that a
     changed case or plan is prepared anew, and a copied dataset is not.
+    Parts of labels that are lost on the network's grid are a warning.
     Raises DatasetError that names the case where one cannot be prepared.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +126,14 @@ def prepare_cases(
     work = partial(_prepared, plan=plan, folder=folder, hashes=hashes)
     prepared = [result for _, result in side_by_side(work, cases, progress)]
     hashes.save()
+    warn_of_lost([(one.name, one.lost) for one in prepared], plan)
     return prepared
 
 
 def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepared:
     try:
         files = _files(case, plan, folder, hashes)
-        image, target, places = _opened(files) or _written(files, _arrays(case, plan))
+        image, target, places, lost = _opened(files) or _written(files, _arrays(case, plan))
     except OutputError:
         raise  # a full disk is no fault of the case
     except MedsegError as error:
@@ -149,20 +153,24 @@ def _prepared(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> Prepa
         target,
         places,
         np.array(known if plan.regions else [True, *known]),
+        lost,
     )
 
 
-def _opened(files: dict[str, Path]) -> tuple[Chunks, Chunks, dict[int, Places]] | None:
+Opened = tuple[Chunks, Chunks, dict[int, Places], NDArray[np.int64]]
+
+
+def _opened(files: dict[str, Path]) -> Opened | None:
     """Return the arrays in files; None where one is not there, was cut short or is something else."""
     try:
         image, target = (Chunks.of(files[part]) for part in ("image", "target"))
-        places = _places_in(files["places"])
+        places, lost = _places_in(files["places"]), np.load(files["lost"])
     except (OSError, ValueError, EOFError, RuntimeError, AttributeError):
         return None  # the last two for what is no file of blosc2's, or one of its but no array
-    return (image, target, places) if image.shape[1:] == target.shape else None
+    return (image, target, places, lost) if image.shape[1:] == target.shape else None
 
 
-def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[Chunks, Chunks, dict[int, Places]]:
+def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> Opened:
     for part in ("image", "target"):
         array = np.ascontiguousarray(arrays[part])
         chunks = equal_parts(array.shape, CHUNKS)
@@ -170,10 +178,11 @@ def _written(files: dict[str, Path], arrays: dict[str, NDArray[Any]]) -> tuple[C
         packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=PACKING)
         with written_whole(files[part]) as beside:
             beside.write_bytes(packed.to_cframe())
-    with written_whole(files["places"]) as beside, beside.open("wb") as stream:
-        np.save(stream, arrays["places"], allow_pickle=False)
+    for part in ("lost", "places"):
+        with written_whole(files[part]) as beside, beside.open("wb") as stream:
+            np.save(stream, arrays[part], allow_pickle=False)
     image, target = (Chunks.of(files[part]) for part in ("image", "target"))
-    return image, target, _places_in(files["places"])
+    return image, target, _places_in(files["places"]), arrays["lost"]
 
 
 def _places_in(file: Path) -> dict[int, Places]:
@@ -193,16 +202,31 @@ def equal_parts(shape: tuple[int, ...], longest: int) -> tuple[int, ...]:
 def _arrays(case: Case, plan: Plan) -> dict[str, NDArray[Any]]:
     image, labels = read_case(case)
     box = box_to_see(image, plan)
-    image, labels = image.cropped(*box), labels.cropped(*box)
+    image, seen = image.cropped(*box), labels.cropped(*box)
+    if np.count_nonzero(seen.array) == np.count_nonzero(labels.array):
+        labels = seen  # nothing is cut off, and voxels that stay as they are need no second look
     prepared = prepare(image, plan)
-    values = label_map(resample_labels(labels, prepared.grid))
-    target = _class_numbers(values, values_of(plan.labels, plan.regions), case.ignore)
+    target = _drawn_numbers(label_map(resample_labels(seen, prepared.grid)), case, plan)
+    lost = list(lost_parts(_drawn_numbers(label_map(labels), case, plan), labels.grid, target, prepared.grid))
+    if plan.keep_small:
+        lost = keep_parts(target, lost)
+    return {
+        "image": prepared.array,
+        "target": target,
+        "places": _places(target, ignored=case.ignore is not None),
+        "lost": np.asarray([one.row for one in lost], np.int64).reshape(-1, 5),
+    }
+
+
+def _drawn_numbers(values: NDArray[np.integer], case: Case, plan: Plan) -> NDArray[np.integer]:
+    """Return the class numbers of a case's label values; what was not drawn there is not known, and 0."""
+    numbers = _class_numbers(values, values_of(plan.labels, plan.regions), case.ignore)
     members = members_of(plan.labels, plan.regions)
     drawn = {one for value in members if value not in case.undrawn for one in members[value]}
     for number, value in enumerate(values_of(plan.labels, plan.regions), start=1):
         if value not in drawn:
-            target[target == number] = 0  # what is not drawn there is not known
-    return {"image": prepared.array, "target": target, "places": _places(target, ignored=case.ignore is not None)}
+            numbers[numbers == number] = 0
+    return numbers
 
 
 def _class_numbers(
