@@ -34,6 +34,8 @@ FRAME_GROUPS = {
     "FrameContentSequence": {
         "TemporalPositionIndex": "TemporalPositionIdentifier",
         "FrameAcquisitionNumber": "AcquisitionNumber",
+        "FrameAcquisitionDateTime": "AcquisitionDateTime",
+        "NominalPercentageOfCardiacPhase": "NominalPercentageOfCardiacPhase",
         "StackID": "StackID",
     },
     "MRImageFrameTypeSequence": {"FrameType": "ImageType"},
@@ -43,6 +45,7 @@ FRAME_GROUPS = {
     "MRModifierSequence": {"InversionTimes": "InversionTime"},
     "MRDiffusionSequence": {"DiffusionBValue": "DiffusionBValue"},
     "DiffusionGradientDirectionSequence": {"DiffusionGradientOrientation": "DiffusionGradientOrientation"},
+    "ContrastBolusUsageSequence": {"ContrastBolusAgentAdministered": "ContrastBolusAgent"},
     "CardiacSynchronizationSequence": {"NominalCardiacTriggerDelayTime": "TriggerTime"},
 }
 """Functional groups of enhanced objects, and the classic names of what they hold (PS3.3 C.7.6.16.2, C.8.13, C.8.15)."""

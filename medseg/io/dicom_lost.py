@@ -1,26 +1,54 @@
-"""Files beside slices that are no DICOM: which of them might be what is left of a slice."""
+"""Files that are no DICOM and may still be slices: damaged, empty, packed, or saved by something else.
+
+A scan that is short at its end shows no gap, so whatever could be a slice is missed. What certainly is none, such as a
+text or a picture, may lie anywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path, PurePath
 
 from medseg.errors import UnreadableFile
 from medseg.io.files import leads_nowhere
+from medseg.io.packed import DICOM_ENDINGS, PACKED_ENDINGS, holds_dicom, unpacked_name
 
-DICOM_ENDINGS = frozenset({".dcm", ".ima"})
-"""How names end that say of a file that it is DICOM."""
+PARTIAL_ENDINGS = frozenset({".part", ".partial", ".filepart", ".crdownload", ".download", ".tmp"})
+"""How names end of files that have not been copied to their end."""
 
 OTHER_ENDINGS = frozenset({
-    ".txt", ".md", ".log", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".htm", ".css", ".js", ".pdf",
-    ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico", ".nii", ".gz", ".zip", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr",
-    ".bval", ".bvec", ".mat", ".py", ".sh", ".bat", ".exe", ".ini", ".inf", ".cfg", ".db", ".lnk", ".url", ".md5",
-    ".sha256", ".sha512",
+    ".txt", ".md", ".rst", ".rtf", ".log", ".csv", ".tsv", ".json", ".xml", ".xsl", ".xsd", ".yaml", ".yml", ".toml",
+    ".html", ".htm", ".css", ".js", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx",
+    ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico", ".svg", ".tif", ".tiff", ".webp", ".mp4", ".avi", ".mov", ".mpg",
+    ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".mnc", ".stl", ".h5", ".hdf5",
+    ".bval", ".bvec", ".mat", ".npy", ".npz", ".safetensors", ".py", ".ipynb", ".sh", ".bat", ".exe", ".dll", ".so",
+    ".jar", ".class", ".cab", ".msi", ".chm", ".hlp", ".ttf", ".manifest", ".config",
+    ".ini", ".inf", ".cfg", ".db", ".sqlite", ".lnk", ".url", ".md5", ".sha1", ".sha256", ".sha512",
 })  # fmt: skip
 """How names of files end that lie beside slices and are none."""
 
-LEAST_BYTES = 132
-"""The preamble of a DICOM file and its prefix (PS3.10 7.1): a shorter file is none, or what is left of one."""
+MAGIC = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%PDF", b"\xd0\xcf\x11\xe0", b"SQLite format"),
+    *(b"MZ", b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe"),
+)
+"""How pictures, documents, data bases and programs begin."""
+
+WEB_PAGE = re.compile(rb"\s*(<!doctype html|<html|<head)", re.IGNORECASE)
+"""How a web page begins, such as one on an error that was saved under the name of a slice."""
+
+PACKED = "A packed file holds DICOM files, or may do so, which would be left out. Unpack it, or move it elsewhere."
+CALLED = "A file is called {} and is empty, damaged or not DICOM. Copy or export it again."
+LIKELY = (
+    "A file beside the slices or named like them is empty, damaged or not DICOM: a slice may be missing. "
+    "Copy or export it again, or move it elsewhere."
+)
+
+FIRST_BYTES = 2048
+
+NUMBERS = re.compile("[0-9a-f]*[0-9][0-9a-f]*")
+"""What differs between the names of slices: counts, UIDs and hashes."""
 
 
 def may_hold_slices(file: Path) -> bool:
@@ -28,30 +56,78 @@ def may_hold_slices(file: Path) -> bool:
     return file.is_file() or (leads_nowhere(file) and not _is_something_else(file))
 
 
-def _is_something_else(file: Path) -> bool:
-    ending = file.suffix.lower()
-    return file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS
+def name_kind(name: str) -> tuple[str, str]:
+    """Return what the names of the slices of a series have in common: a name without its numbers, and its ending."""
+    path = PurePath(_whole_name(name))
+    ending = path.suffix.lower() if re.search("[a-z]", path.suffix, re.IGNORECASE) else ""
+    return NUMBERS.sub("#", path.name[: len(path.name) - len(ending)].lower()), ending
 
 
-def lost_slices(others: Iterable[Path], folders: Container[Path]) -> list[UnreadableFile]:
-    """Return an error for each of the files, none of which is DICOM, that might be what is left of a slice.
+def lost_slices(others: Sequence[Path], slices: Sequence[Path]) -> list[UnreadableFile]:
+    """Return an error for each of `others`, none of which is DICOM, that could be a slice beside these files.
 
-    That are those called .dcm and, in `folders`, which hold slices, those called .ima or too short to be DICOM. A
-    DICOMDIR, hidden files, and those that other endings tell to be something else may lie beside slices.
+    That are those called .dcm or .ima, wherever they lie; packed DICOM files of which there is no copy; and, beside
+    slices or under a name like theirs, what is empty or neither a text nor another known kind of file. A DICOMDIR,
+    hidden files, and those that other endings tell to be something else may lie anywhere.
     """
+    others = [file for file in others if not _is_something_else(file)]
+    if not others:
+        return []
+    folders = {file.parent for file in slices}
+    kinds = {name_kind(file.name) for file in slices}
+    names = {name for name, _ in kinds}
     found = []
     for file in others:
-        ending, beside = file.suffix.lower(), file.parent in folders
-        if _is_something_else(file):
-            continue
-        if ending == ".dcm" or (beside and ending in DICOM_ENDINGS):
-            text = f"A file is called {ending} and is empty, damaged or no DICOM. Copy or export it again."
-        elif beside and _size(file) < LEAST_BYTES:
-            text = "A file beside the slices is empty or too short: a slice may be missing. Copy or export it again."
+        kind, beside = name_kind(file.name), file.parent in folders
+        near, alike = beside or kind[0] in names, kind in kinds
+        if file.suffix.lower() in PACKED_ENDINGS:
+            holds = holds_dicom(file, {(one.name, _size(one)) for one in slices})
+            text = PACKED if holds or alike or (holds is None and near) else ""
+        elif kind[1] in DICOM_ENDINGS:
+            text = "" if _is_dicomdir(file) else CALLED.format(kind[1])
         else:
-            continue
-        found.append(UnreadableFile(text, path=file))
+            text = LIKELY if near and _could_be_pixels(file, is_named_so=beside and alike) else ""
+        if text and not _is_copied(file):
+            found.append(UnreadableFile(text, path=file))
     return found
+
+
+def _is_something_else(file: Path) -> bool:
+    ending = PurePath(_whole_name(file.name)).suffix.lower()
+    if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS:
+        return True
+    return ending == ".img" and file.with_suffix(".hdr").exists()  # a volume of two files
+
+
+def _is_copied(file: Path) -> bool:
+    """Return whether a packed or partial file lies beside the whole one."""
+    name = _whole_name(file.name)
+    return name != file.name and file.with_name(name).is_file()
+
+
+def _whole_name(name: str) -> str:
+    """Return the name that a file has when it is copied to its end and unpacked."""
+    path = PurePath(name)
+    return unpacked_name(path.stem if path.suffix.lower() in PARTIAL_ENDINGS else name)
+
+
+def _is_dicomdir(file: Path) -> bool:
+    return _head(file)[128:132] == b"DICM"  # and holds no slices
+
+
+def _could_be_pixels(file: Path, *, is_named_so: bool) -> bool:
+    """Return whether a file holds neither a text nor another known kind; one that is named like the slices is one."""
+    head = _head(file)
+    if _is_dicomdir(file):
+        return False
+    is_text = bool(head) and not re.search(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head)
+    return is_named_so or WEB_PAGE.match(head) is not None or not (is_text or head.startswith(MAGIC))
+
+
+def _head(file: Path) -> bytes:
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read(FIRST_BYTES)
+    return b""
 
 
 def _size(file: Path) -> int:

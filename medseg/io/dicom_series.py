@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medseg.errors import InputError, SeriesRefused, UnreadableFile, UsageError
 from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
 from medseg.io.dicom_lost import lost_slices
+from medseg.io.dicom_passes import find_passes, may_be_passes
 from medseg.io.dicom_pixels import Native, read_pixels
 from medseg.io.dicom_slice import VARIANTS, Slice, read_headers
 from medseg.io.files import reading
@@ -78,10 +79,10 @@ class Series:
 def find_series(folder: str | os.PathLike[str]) -> list[Series]:
     """Return every DICOM series at or below `folder`, read from headers only, each with a verdict.
 
-    Files of any name count; DICOMDIR and files that are not DICOM are passed over. Files with a blank
+    Files of any name count; DICOMDIR and what certainly is no slice are passed over. Files with a blank
     SeriesInstanceUID count as one series per folder. The path of a file stands for that file alone.
-    Raises UnreadableFile where the path is missing, a file is DICOM but its header is cut off, or a file beside slices
-    might be what is left of one.
+    Raises UnreadableFile where the path is missing, a file is DICOM but its header is cut off, or one that is not DICOM
+    could be a slice, see `lost_slices`.
     """
     groups: dict[tuple[str, Path | None], list[Slice]] = {}
     others = []
@@ -91,8 +92,7 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
             others.append(path)
         for part in parts:
             groups.setdefault((part.series_uid, None if part.series_uid else path.parent), []).append(part)
-    folders = {part.path.parent for slices in groups.values() for part in slices}
-    for lost in lost_slices((file for file in others if file.parent in folders), folders):
+    for lost in lost_slices(others, [part.path for slices in groups.values() for part in slices]):
         raise lost
     return [make_series(slices) for slices in groups.values()]
 
@@ -200,20 +200,21 @@ def make_series(slices: Sequence[Slice]) -> Series:
         order = order_along_normal(planes)
         slices, planes = [slices[n] for n in order], planes[order]
     first = slices[0]
-    problem = _content_problem(slices) or stack_problem(planes, first.shape, first.thickness_mm)
+    problem = _content_problem(slices) or _stack_problem(slices, planes)
     refusal = grid = regular_grid = None
     if problem is None:
         grid = Grid((*first.shape, len(slices)), stack_affine(planes, first.thickness_mm))
     else:
         hint = f" {_difference(slices)}" if problem.reason == "duplicate_positions" else ""
         refusal = SeriesRefused(f"{problem.text}{hint}", path=first.path.parent, reason=problem.reason)
-        if problem.reason == "irregular_spacing" and (regular := regular_stack(planes, first.shape)):
+        regular = regular_stack(planes, first.shape) if problem.reason == "irregular_spacing" else None
+        if regular is not None and not may_be_passes(slices, planes):
             regular_grid = Grid((*first.shape, regular[1]), regular[0])
     return Series(
         study_uid=first.study_uid,
         uid=first.series_uid,
         number=first.series_number,
-        frame_of_reference_uid=first.frame_of_reference_uid,
+        frame_of_reference_uid=next(filter(None, (part.frame_of_reference_uid for part in slices)), ""),
         modality=first.modality,
         description=first.description,
         contrast=any(part.contrast for part in slices),
@@ -222,6 +223,21 @@ def make_series(slices: Sequence[Slice]) -> Series:
         grid=grid,
         refusal=refusal,
         regular_grid=regular_grid,
+    )
+
+
+def _stack_problem(slices: Sequence[Slice], planes: NDArray[np.float64]) -> Problem | None:
+    """Return why slices, ordered along their normal, are no stack: by where they lie, or since they are several."""
+    first = slices[0]
+    problem = stack_problem(planes, first.shape, first.thickness_mm)
+    may_be_several = problem is None or problem.reason in {"irregular_spacing", "missing_slice"}
+    passes = find_passes(slices, planes) if may_be_several else None
+    if passes is None:
+        return problem
+    return Problem(
+        "interleaved",
+        f"The slices are {len(passes.parts)} passes over one region, each with equal steps, that differ in "
+        f"{passes.element}, such as phases of a contrast agent. Pass the slices of one.",
     )
 
 
@@ -239,7 +255,7 @@ def _content_problem(slices: Sequence[Slice]) -> Problem | None:
             "duplicate_instances",
             f"{copies} of {len(slices)} files repeat the SOPInstanceUID of another. Remove the copies.",
         )
-    if len({part.frame_of_reference_uid for part in slices}) > 1:
+    if len({part.frame_of_reference_uid for part in slices} - {""}) > 1:
         return Problem(
             "mixed_frame_of_reference", "The slices belong to several frames of reference. Pass those of one."
         )

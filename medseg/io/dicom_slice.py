@@ -31,14 +31,21 @@ VARIANTS = (
     "TemporalPositionIdentifier",
     "TriggerTime",
     "StackID",
+    "ContrastBolusAgent",
+    "ConvolutionKernel",
+    "KVP",
+    "FlipAngle",
+    "NominalPercentageOfCardiacPhase",
     "AcquisitionNumber",
     "AcquisitionTime",
+    "AcquisitionDateTime",
+    "ContentTime",
 )
 """What may tell apart several stacks in one series, the most telling first."""
 
 HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
-    *("Modality", "SeriesNumber", "SeriesDescription", "ContrastBolusAgent", *VARIANTS),
+    *("Modality", "SeriesNumber", "SeriesDescription", "InstanceNumber", *VARIANTS),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
@@ -59,7 +66,8 @@ class Slice:
     """The header of one slice; `problem` says what forbids to read it. What it does not state is blank or NaN.
 
     `frame` counts from 0 in the file and is 0 where the file has but one. `shape` is (columns, rows). `plane`, if
-    known, takes (column, row, 0) of a pixel to RAS+ mm. `slope` and `intercept` make real values of the stored ones.
+    known, takes (column, row, 0) of a pixel to RAS+ mm. `thickness_mm` is the step that the header states, or else the
+    thickness, and `extent_mm` the larger of the two. `slope` and `intercept` make real values of the stored ones.
     `native` says where they lie in the file, None where they have to be decoded.
     """
 
@@ -78,6 +86,8 @@ class Slice:
     shape: tuple[int, int]
     plane: Affine | None
     thickness_mm: float
+    extent_mm: float
+    instance_number: float
     slope: float
     intercept: float
     problem: Problem | None
@@ -146,7 +156,8 @@ def _described(data: Dataset) -> str:
 
 
 def _slice(path: Path, frame: int, header: Header, description: str, pixels: Located) -> Slice:
-    thicknesses = (header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
+    lengths = [header.number(name) for name in ("SpacingBetweenSlices", "SliceThickness")]
+    thicknesses = [length for length in lengths if length > 0]
     plane = _plane(header)
     return Slice(
         path=path,
@@ -163,7 +174,9 @@ def _slice(path: Path, frame: int, header: Header, description: str, pixels: Loc
         variants=tuple(header.text(name) for name in VARIANTS),
         shape=(_count(header.number("Columns")), _count(header.number("Rows"))),
         plane=plane,
-        thickness_mm=next((length for length in thicknesses if length > 0), math.nan),
+        thickness_mm=next(iter(thicknesses), math.nan),
+        extent_mm=max(thicknesses, default=math.nan),
+        instance_number=header.number("InstanceNumber"),
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
         problem=slice_problem(header, pixels.kind, placed=plane is not None) or pixels.problem,

@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, UnreadableFile
 from medseg.io.dicom_file import begins_as_dicom
-from medseg.io.dicom_lost import DICOM_ENDINGS, OTHER_ENDINGS
+from medseg.io.dicom_header import damage, silence
+from medseg.io.dicom_lost import OTHER_ENDINGS, name_kind
 from medseg.io.files import reading
+from medseg.io.packed import DICOM_ENDINGS, MOST_LOOKED_AT, PACKED_ENDINGS, holds_dicom
 
 LARGEST_ARCHIVE = 32 * 2**30
 """Bytes that an archive may unpack to: more than any study, less than a disk."""
@@ -45,10 +47,28 @@ def is_archive(path: Path) -> bool:
     return path.suffix.lower() == ".zip" and path.is_file()
 
 
+def study_uid(path: Path) -> str:
+    """Return the StudyInstanceUID of the first DICOM file in an archive; "" for none, and where it cannot be read."""
+    from pydicom import dcmread
+
+    try:
+        with silence(), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist()[:MOST_LOOKED_AT]:
+                with archive.open(member) as packed:
+                    if begins_as_dicom(packed):
+                        packed.seek(0)
+                        found = dcmread(packed, stop_before_pixels=True, specific_tags=["StudyInstanceUID"])
+                        return str(found.get("StudyInstanceUID") or "")
+    except DAMAGED + damage() + (OSError,):
+        pass  # whoever unpacks it says why
+    return ""
+
+
 def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: int = LARGEST_ARCHIVE) -> None:
     """Write the files of a zip archive to a folder, under numbers for names, each folder of the archive in its own.
 
-    Endings that say what a file is stay, and hidden files and a DICOMDIR are hidden, for `lost_slices` to tell.
+    What `lost_slices` goes by stays: endings that say what a file is, which names are alike, and which are hidden, a
+    DICOMDIR among them.
     Raises InputError for members that point elsewhere, are encrypted, or unpack to more than `largest` bytes in all
     (`unsafe_archive`), and for archives of DICOM files among them (`nested_archive`); UnreadableFile for an archive
     that is damaged.
@@ -58,21 +78,35 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
             members = [member for member in archive.infolist() if not member.is_dir()]
             _check(members)
             folders: dict[PurePosixPath, Path] = {}
+            kinds: dict[tuple[str, str], int] = {}
             for number, member in enumerate(members):
                 named = PurePosixPath(member.filename)
-                home, ending = named.parent, named.suffix.lower()
+                home, ending = named.parent, _telling(named.name)
                 hidden = "." if named.name.startswith(".") or named.name.upper() == "DICOMDIR" else ""
-                ending = ending if ending in DICOM_ENDINGS | OTHER_ENDINGS else ""
+                kind = _letters(kinds.setdefault(name_kind(named.name), len(kinds)))
                 folders.setdefault(home, Path(folder) / str(len(folders))).mkdir(exist_ok=True)
-                target = folders[home] / f"{hidden}{number}{ending}"
+                target = folders[home] / f"{hidden}{number}_{kind}{ending}"
                 largest -= _copy(archive, member, target, largest)
-                if ending == ".zip" and _holds_dicom(target):
+                if ending.endswith(".zip") and holds_dicom(target):
                     raise InputError(
                         "The archive holds another archive with DICOM files, which would be left out. Unpack it first.",
                         reason="nested_archive",
                     )
     except DAMAGED as error:
         raise UnreadableFile("The archive is damaged or no zip. Copy or pack it again.", path=path) from error
+
+
+def _telling(name: str) -> str:
+    """Return the endings of a name that say what a file is, such as .nii.gz."""
+    path, found = PurePosixPath(name.lower()), ""
+    while path.suffix in DICOM_ENDINGS | OTHER_ENDINGS | PACKED_ENDINGS:
+        path, found = PurePosixPath(path.stem), path.suffix + found
+    return found
+
+
+def _letters(number: int) -> str:
+    """Return a number in letters, which are no part of a number to `name_kind`."""
+    return "".join("ghijklmnop"[int(digit)] for digit in str(number))
 
 
 def _check(members: list[zipfile.ZipInfo]) -> None:
@@ -96,24 +130,6 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allow
                 raise _unsafe(f"it unpacks to more than {LARGEST_ARCHIVE / 2**30:.0f} GB")
             file.write(chunk)
     return count
-
-
-def _holds_dicom(path: Path) -> bool:
-    """Return whether an archive, as far as it can be read, has files that are called or begin as DICOM."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(_is_dicom(archive, member) for member in archive.infolist() if not member.is_dir())
-    except DAMAGED:
-        return False
-
-
-def _is_dicom(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    if PurePosixPath(member.filename).suffix.lower() in DICOM_ENDINGS:
-        return True
-    if member.flag_bits & 1:
-        return False
-    with archive.open(member) as packed:
-        return begins_as_dicom(packed)
 
 
 def _unsafe(what: str) -> InputError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -13,8 +13,9 @@ from medseg.errors import MedsegError, UsageError
 from medseg.io.dicom_lost import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
-from medseg.study.archive import is_archive
+from medseg.study.archive import is_archive, study_uid
 from medseg.study.headers import all_headers, all_study_uids
+from medseg.study.homes import homes
 from medseg.study.listing import listed
 
 
@@ -47,20 +48,26 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     problems: list[MedsegError] = []
     uids: dict[str, str] = {}
     files = listed(root, problems)
+    unseen = {error.path for error in problems}
     archives = {file for file in files if is_archive(file)}
     groups: dict[str, list[Path]] = {f"archive {_below(file, root)}": [file] for file in sorted(archives)}
-    others, folders = [], set()
+    others = []
     for file, uid in all_study_uids([file for file in files if file not in archives]):
         if uid is None:
             others.append(file)
         elif isinstance(uid, MedsegError):
             problems.append(uid)
         else:
-            folders.add(file.parent)
             identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
             uids[identity] = uid
             groups.setdefault(identity, []).append(file)
-    _add_problems(groups, [*problems, *lost_slices(others, folders)], root)
+    loose = [file for identity, found in groups.items() if identity in uids for file in found]
+    _add_problems(groups, [*problems, *lost_slices(others, loose)], root, unseen)
+    studies = {uid: identity for identity, uid in uids.items() if uid}
+    for archive in sorted(archives) if studies else ():
+        same = groups.get(studies.get(study_uid(archive), ""), [])
+        if same and lost_slices([archive], same):
+            same.append(archive)  # the rest of the study, or something else of it
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
 
@@ -91,29 +98,25 @@ def with_objects(entries: Sequence[Entry]) -> list[Entry]:
     return [replace(entry, objects=tuple(found.get(entry.identity, ()))) for entry in entries]
 
 
-def _add_problems(groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path) -> None:
-    """Add what could not be read to the studies beside it, or as a group of its own, but to no archive."""
-    folders = {
-        identity: {file.parent for file in files} for identity, files in groups.items() if not is_archive(files[0])
-    }
-    for error in problems:
-        path = error.path or root
-        homes = [identity for identity, known in folders.items() if _beside(path, known, root)]
-        for identity in homes or [f"path {_below(path, root)}"]:
+def _add_problems(
+    groups: dict[str, list[Path]], problems: Sequence[MedsegError], root: Path, unseen: Container[Path | None]
+) -> None:
+    """Add what could not be read to the studies that it may belong to, or as a group of its own, but to no archive.
+
+    What is `unseen`, since the system does not let look at it, belongs to those in its folder: others may be of
+    another patient.
+    """
+    studies = [identity for identity, files in groups.items() if not is_archive(files[0])]
+    paths = [error.path or root for error in problems]
+    alone: dict[Path, str] = {}
+    for path, places in zip(paths, homes(paths, [groups[identity] for identity in studies]), strict=True):
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - pathlib raises where nothing may be looked at
+        own = f"path {_below(path, root)}"
+        its = [studies[place] for place in places]
+        if path in unseen and not (is_folder and path.parent != root):
+            its = [identity for identity in its if path.parent in {file.parent for file in groups[identity]}]
+        for identity in its or [own if is_folder else alone.setdefault(path.parent, own)]:
             groups.setdefault(identity, []).append(path)
-            if not _is_folder(path):  # folders side by side may be of two patients
-                folders.setdefault(identity, set()).add(path.parent)
-
-
-def _beside(path: Path, folders: set[Path], root: Path) -> bool:
-    """Return whether what could not be read may belong to a study in these folders: in one, or side by side."""
-    if path.parent in folders:
-        return True
-    return _is_folder(path) and path.parent != root and any(path.parent in folder.parents for folder in folders)
-
-
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - pathlib raises where nothing may be looked at
 
 
 def _below(path: Path, root: Path) -> str:

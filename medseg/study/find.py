@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
@@ -13,15 +12,16 @@ import numpy as np
 from medseg.errors import MedsegError
 from medseg.io.dicom_geometry import parallel
 from medseg.io.dicom_lost import lost_slices
+from medseg.io.dicom_passes import find_passes
 from medseg.io.dicom_pixels import PIXEL_REASONS
 from medseg.io.dicom_series import Series, make_series
 from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
+from medseg.study.homes import homes
 from medseg.study.listing import listed
 
-LEAST_PART = 3
-"""A part of a series counts as regular from so many slices on: two always have equal steps."""
+IMAGE_TYPE = VARIANTS.index("ImageType")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def find_studies(path: str | PathLike[str]) -> list[Study]:
     """Return the studies at or below a folder, in a DICOMDIR or in a file, read from headers only.
 
     Files count whatever they are called. Each series is split into stacks, see `split`. What cannot be read is listed
-    with the studies that have files in the same folder, or as a study of its own.
+    with the studies that it may belong to, see `homes`, or as a study of its own.
     Raises UnreadableFile where the path itself is missing, or a DICOMDIR is damaged.
     """
     with reading(path):
@@ -64,21 +64,23 @@ def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) ->
             others.append(file)
         for part in parts:
             found.setdefault(part.study_uid or str(file.parent), []).append(part)
-    problems += lost_slices(others, {part.path.parent for slices in found.values() for part in slices})
+    problems += lost_slices(others, [part.path for slices in found.values() for part in slices])
     return [*_with_problems([_study(slices) for slices in found.values()], problems)]
 
 
 def split(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Return the slices of one series as stacks that belong together, each in the order given.
+    """Return the slices of one series as stacks that belong together.
 
-    Slices are parted by what they are (localizer or not, readable or not), frame of reference, matrix, orientation and
+    Slices are parted by what they are (localizer or not, an image or not), frame of reference, matrix, orientation and
     pixel spacing. Where positions then repeat or slices of several stacks interleave, they are parted by image type,
     echo, inversion time, diffusion, time, stack or acquisition, whichever tells them apart. A scan in steps that differ
-    from one end to the other stays one stack: half of it would not be what was scanned.
+    from one end to the other stays one stack: half of it would not be what was scanned. A slice that cannot be read
+    stays with those that it is like otherwise, since without it their stack would be short.
     """
     stacks: list[list[Slice]] = []
-    for part in slices:
+    for part in sorted(slices, key=lambda part: part.problem is not None):
         home = next((stack for stack in stacks if _alike(stack[0], part)), None)
+        home = home or next((stack for stack in stacks if _may_lack(stack[0], part)), None)
         if home is None:
             stacks.append([part])
         else:
@@ -95,33 +97,45 @@ def _study(slices: Sequence[Slice]) -> Study:
 
 
 def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) -> Iterator[Study]:
-    folders = [{file.parent for file in study.files} for study in studies]
     homeless = []
     beside: list[list[MedsegError]] = [[] for _ in studies]
-    for error in problems:
-        homes = [place for place, known in enumerate(folders) if error.path is not None and error.path.parent in known]
-        for place in homes:
+    places = homes([error.path or Path() for error in problems], [study.files for study in studies])
+    for error, its in zip(problems, places, strict=True):
+        for place in its:
             beside[place].append(error)
-        if not homes:
+        if not its:
             homeless.append(error)
-    for study, its in zip(studies, beside, strict=True):
-        yield replace(study, problems=tuple(its))
+    for study, found in zip(studies, beside, strict=True):
+        yield replace(study, problems=tuple(found))
     for error in homeless:
         yield Study("", (), (error.path,) if error.path else (), (error,))
 
 
 def _alike(first: Slice, other: Slice) -> bool:
-    if _kind(first) != _kind(other):
+    if _kind(first) != _kind(other) or len(_frames(first, other)) > 1:
         return False
     if first.plane is None or other.plane is None:
         return first.plane is other.plane
     return parallel(first.plane, other.plane, first.shape)
 
 
+def _may_lack(first: Slice, broken: Slice) -> bool:
+    """Return whether a slice that cannot be read is one of a stack, by all that may not be what is wrong with it."""
+    if first.problem is not None or broken.problem is None or broken.problem.reason == "not_an_image":
+        return False
+    same = first.is_localizer == broken.is_localizer and first.modality == broken.modality
+    return same and first.variants[IMAGE_TYPE] == broken.variants[IMAGE_TYPE]
+
+
 def _kind(part: Slice) -> tuple[object, ...]:
     # A slice whose pixels cannot be read belongs to the others: without it they are no whole scan.
     reason = part.problem.reason if part.problem and part.problem.reason not in PIXEL_REASONS else ""
-    return part.is_localizer, reason, part.modality, part.frame_of_reference_uid, part.shape
+    return part.is_localizer, reason, part.modality, part.shape
+
+
+def _frames(first: Slice, other: Slice) -> set[str]:
+    """Return the frames of reference that two slices state; some slices of a series leave it blank."""
+    return {first.frame_of_reference_uid, other.frame_of_reference_uid} - {""}
 
 
 def _untangled(stack: list[Slice]) -> list[list[Slice]]:
@@ -131,19 +145,11 @@ def _untangled(stack: list[Slice]) -> list[list[Slice]]:
         for parts in _partings(stack):
             if len(parts) <= most and max(map(_most_at_one_position, parts)) < most:
                 return [piece for part in parts for piece in _untangled(part)]
-    if reason == "irregular_spacing":
-        for parts in _partings(stack):
-            if _overlap(parts) and all(len(part) >= LEAST_PART and not _reason(part) for part in parts):
-                return parts
+    if reason == "interleaved":
+        slices = make_series(stack).slices
+        passes = find_passes(slices, np.array([part.plane for part in slices]))
+        return [piece for part in (passes.parts if passes else ()) for piece in _untangled(part)]
     return [stack]
-
-
-def _overlap(parts: Sequence[Sequence[Slice]]) -> bool:
-    """Return whether two of the parts reach over each other along the normal."""
-    planes = [np.array([part.plane for part in stack if part.plane is not None]) for stack in parts]
-    heights = [placed[:, :3, 3] @ planes[0][0, :3, 2] for placed in planes]
-    ends = sorted((min(some), max(some)) for some in heights)
-    return any(low[1] > high[0] for low, high in pairwise(ends))
 
 
 def _reason(stack: Sequence[Slice]) -> str:
