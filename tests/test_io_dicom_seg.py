@@ -513,7 +513,9 @@ def test_values_of_a_label_map_that_nobody_describes_are_said(source: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("described", "shown"), [({2: 1}, {}), ({2: None}, {}), ({}, {2: None})], ids=["twice", "missing", "in a frame"]
+    ("described", "shown"),
+    [({2: 1}, {}), ({2: None}, {}), ({}, {2: None}), (FROM_ZERO, {}), ({}, FROM_ZERO)],
+    ids=["twice", "missing", "missing in a frame", "described from 0", "shown from 0"],
 )
 def test_segments_that_cannot_be_told_apart_are_refused(
     source: Path, described: dict[int, Any], shown: dict[int, Any]
@@ -522,7 +524,7 @@ def test_segments_that_cannot_be_told_apart_are_refused(
     data = pydicom.dcmread(path)
     renumber(data, described, shown)
     data.save_as(path)
-    with pytest.raises(InputError, match=r"so it is unknown whose the frames are|which segment it shows") as caught:
+    with pytest.raises(InputError, match=r"unknown whose the frames are|which segment it shows") as caught:
         load_dicom_seg(path, source=source)
     assert caught.value.reason == "segment_numbers"
 

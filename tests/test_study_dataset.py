@@ -6,6 +6,7 @@ import gzip
 import json
 import stat
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -256,26 +257,49 @@ def test_a_structure_without_contours_counts_as_not_drawn(tmp_path: Path) -> Non
     assert "cover no voxel" in str(outcome.text)
 
 
+def drop_one(data: Any) -> None:
+    data.ROIContourSequence[0].ContourSequence.pop(1)
+
+
+def open_one(data: Any) -> None:
+    data.ROIContourSequence[0].ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
+
+
+def tip_one(data: Any) -> None:
+    contour = data.ROIContourSequence[0].ContourSequence[-1]
+    contour.ContourData = [*contour.ContourData[:2], float(contour.ContourData[2]) + 2, *contour.ContourData[3:]]
+
+
+def cut_one(data: Any) -> None:
+    contour = data.ROIContourSequence[0].ContourSequence[-1]
+    contour.ContourData = contour.ContourData[:-1]
+
+
+def add_one_of_no_structure(data: Any) -> None:
+    data.ROIContourSequence.append(deepcopy(data.ROIContourSequence[0]))
+    data.ROIContourSequence[-1].ReferencedROINumber = 99
+
+
+def state_a_frame(data: Any) -> None:
+    data.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.3"
+
+
 def test_odd_contours_are_told_or_refused(tmp_path: Path) -> None:
-    def drop(data: Any) -> None:
-        data.ROIContourSequence[0].ContourSequence.pop(1)
-
-    def open_one(data: Any) -> None:
-        data.ROIContourSequence[0].ContourSequence[0].ContourGeometricType = "OPEN_PLANAR"
-
-    def tip(data: Any) -> None:
-        contour = data.ROIContourSequence[0].ContourSequence[-1]
-        contour.ContourData = [*contour.ContourData[:2], float(contour.ContourData[2]) + 2, *contour.ContourData[3:]]
-
     source = study(tmp_path / "studies", 1, {"liver": "liver"})
-    for edit, told in ((drop, "liver is not drawn on 1 slices between its ends"), (open_one, "1 contours are open")):
+    for edit, told in (
+        (drop_one, "liver is not drawn on 1 slices between its ends"),
+        (open_one, "1 contours are open"),
+        (add_one_of_no_structure, "contours have a number that no structure has"),
+        (state_a_frame, "1 structures state another frame of reference"),
+    ):
         edited(source, edit)
         (outcome,) = made(tmp_path)
         assert outcome.status == "taken"
         assert told in "; ".join(outcome.warnings)
-    edited(source, tip)
-    (outcome,) = made(tmp_path)
-    assert (outcome.status, outcome.reason) == ("refused", "contours")
+    for edit in (tip_one, cut_one):
+        edited(source, edit)
+        (outcome,) = made(tmp_path)
+        assert (outcome.status, outcome.reason) == ("refused", "contours")
 
 
 def test_irregular_steps_are_repaired_with_the_labels_of_the_nearest_slice(tmp_path: Path) -> None:

@@ -177,6 +177,12 @@ def read_parts(
         structures = [one for one in data.SegmentSequence if not is_background(one)]
         found["background"][0] += sum(one not in [kept for _, kept in segments] for one in structures)
         places = places_of(data, grid, series.heights, threshold, labels.keys(), found)
+        if found["undescribed"].total() and (not from_one or found["undescribed"][0]):
+            raise InputError(
+                "The segments of the SEG are described with other numbers than its frames show, one of them from 0, so "
+                "it is unknown whose the frames are. Export the segmentation again.",
+                reason="segment_numbers",
+            )
     nowhere = [np.zeros(0, np.intp)]
     parts: list[Part] = [
         (label, np.unique(np.concatenate(places.get(number, nowhere)))) for number, label in labels.items()
