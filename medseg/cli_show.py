@@ -145,8 +145,7 @@ def print_json(content: object) -> None:
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table; their keys are the columns. Short cells and numbers are in one piece, long ones fold."""
-    # Brackets of a path are no markup.
-    table = Table(title=Text(title, "table.title"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     cells = {
         key: [plain(row.get(key, "")) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)
     }
@@ -161,6 +160,7 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(head, overflow="fold", no_wrap=whole, justify="right" if numbers else "left")
     for line in zip(*cells.values(), strict=True):
         table.add_row(*line)
+    out.print(Text(title, "table.title"), soft_wrap=True)  # brackets of a path are no markup
     out.print(table, markup=False)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from medseg import cli
+from medseg.demo import run_demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
-SETUP = ("make ", "python3 -m venv", ".venv/bin/")
+SETUP = ("make ", "python3 -m venv", ".venv/bin/", "source ")
 
 
 def commands(block: str) -> list[str]:
@@ -26,8 +27,11 @@ def test_the_readme_has_no_block_of_another_kind():
 
 
 def test_commands_and_snippets_run_in_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("nilearn", reason="the demo's brain comes with it")
     (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
     monkeypatch.chdir(tmp_path)
+    assert "medseg demo demo_out" in README
+    run_demo("demo_out")
     ran = 0
     for kind, block in BLOCKS:
         if kind == "python":
@@ -58,5 +62,5 @@ def test_set_up_commands_name_what_is_there():
 
 
 def test_linked_files_are_there():
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).is_file(), target

@@ -76,6 +76,19 @@ def test_every_case_is_scored_once_by_the_fold_that_has_not_seen_it(balls, cross
             np.testing.assert_array_equal(kept.array, model.segment(load(case.images[0])).array)
 
 
+def test_what_may_be_shared_names_no_case_and_validation_does(balls, crossed):
+    folder, scores = crossed
+    shared = [file for file in folder.iterdir() if file.is_file()]
+    assert {"scores.csv", "scores.json", "fold_0.scores.csv", "MODEL_CARD.md"} <= {file.name for file in shared}
+    for file in shared:
+        assert not [case.name for case in balls if case.name.encode() in file.read_bytes()], file.name
+    named, numbered = (json.loads((where / "scores.json").read_text()) for where in (folder / "validation", folder))
+    assert [case["case"] for case in named["cases"]] == [case.name for case in scores.cases]
+    assert [case["case"] for case in numbered["cases"]] == [f"case {n}" for n in range(1, len(scores.cases) + 1)]
+    assert [case["labels"] for case in named["cases"]] == [case["labels"] for case in numbered["cases"]]
+    assert named["labels"] == numbered["labels"]
+
+
 def test_what_is_done_is_not_done_again(balls, crossed, monkeypatch):
     folder, scores = crossed
     monkeypatch.setattr(Model, "segment", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -41,8 +42,9 @@ def validate_fold(
 ) -> Scores:
     """Return the scores on the cases that a fold kept aside; write what they are, and the table of MODEL_CARD.md.
 
-    The folder gets fold_N.scores.json and fold_N.scores.csv, the label maps in validation/fold_N and, with matplotlib,
-    pictures of the worst and the middle case beside them. A case that cannot be segmented has failed.
+    The folder gets fold_N.scores.json and fold_N.scores.csv, in which cases have numbers. In validation/ are the same
+    with their names, the label maps in fold_N and, with matplotlib, pictures of the worst and the middle case. A case
+    that cannot be segmented has failed.
     Raises ModelError where the folder has no recipe, and what reading a reference raises.
     """
     scores = score_fold(model, dataset, Path(folder), fold, progress)
@@ -169,9 +171,13 @@ def _score(case: Case, file: Path, plan: Plan, failure: str | None) -> CaseScore
 
 
 def _write(scores: Scores, where: Path, stem: str, more: dict[str, Any]) -> None:
-    write_scores_csv(scores, where / f"{stem}.csv")
-    with written_whole(where / f"{stem}.json") as beside:
-        beside.write_text(json.dumps(scores.to_dict() | more, indent=1) + "\n", encoding="utf-8")
+    """Write scores under the names of cases to validation/, and under numbers to the folder, which may be shared."""
+    numbered = Scores(tuple(replace(case, name=f"case {n}") for n, case in enumerate(scores.cases, start=1)))
+    (where / "validation").mkdir(exist_ok=True)
+    for written, folder in ((scores, where / "validation"), (numbered, where)):
+        write_scores_csv(written, folder / f"{stem}.csv")
+        with written_whole(folder / f"{stem}.json") as beside:
+            beside.write_text(json.dumps(written.to_dict() | more, indent=1) + "\n", encoding="utf-8")
 
 
 def _draw_examples(scores: Scores, cases: Sequence[Case], where: Path, fold: int, plan: Plan) -> None:
