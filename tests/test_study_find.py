@@ -278,7 +278,7 @@ class TestPlaces:
 
     def test_a_damaged_archive_is_unreadable(self, tmp_path):
         (tmp_path / "bad.zip").write_bytes(b"PK no zip")
-        with pytest.raises(UnreadableFile, match="damaged or no zip"), opened(tmp_path / "bad.zip"):
+        with pytest.raises(UnreadableFile, match="is damaged, is not a zip"), opened(tmp_path / "bad.zip"):
             pass
 
     def test_what_cannot_be_read_is_listed_with_the_study_beside_it(self, tmp_path):

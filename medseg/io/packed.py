@@ -7,7 +7,6 @@ import gzip
 import lzma
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path, PurePath
@@ -34,12 +33,6 @@ PACKED_ENDINGS = frozenset({*STREAMS, *TARS, ".zip", ".7z", ".rar", ".zst", ".lz
 MOST_LOOKED_AT = 200
 """Members of an archive that are looked at."""
 
-DAMAGED = (
-    *(zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error),
-    *(EOFError, NotImplementedError, RuntimeError, OSError),
-)
-"""What is raised for archives that are damaged, encrypted, or packed in a way that is not known."""
-
 
 def unpacked_name(name: str) -> str:
     """Return the name of a file without the endings that say how it is packed."""
@@ -56,7 +49,7 @@ def holds_dicom(path: Path, copies: Collection[tuple[str, int]] = ()) -> bool | 
     try:
         members = islice(_members(path), MOST_LOOKED_AT)
         return any((PurePath(name).name, size) not in copies and _is_dicom(name, file) for name, size, file in members)
-    except DAMAGED:
+    except Exception:  # noqa: BLE001 - the decoders of Python raise a dozen kinds for what is damaged or not known
         return None
 
 

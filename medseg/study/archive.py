@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
 
-from medseg.errors import InputError, UnreadableFile
+from medseg.errors import InputError, MedsegError, OutputError, UnreadableFile
 from medseg.io.dicom_file import begins_as_dicom
-from medseg.io.dicom_header import damage, silence
+from medseg.io.dicom_header import silence
 from medseg.io.dicom_lost import OTHER_ENDINGS, name_kind
 from medseg.io.files import reading
 from medseg.io.packed import DICOM_ENDINGS, MOST_LOOKED_AT, PACKED_ENDINGS, holds_dicom
@@ -23,8 +23,11 @@ LARGEST_ARCHIVE = 32 * 2**30
 MOST_MEMBERS = 200_000
 CHUNK = 1 << 20
 
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-"""What zipfile raises for archives that are damaged, encrypted, or packed in a way that it does not know."""
+PACKED = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA})
+"""How members may be packed: not at all, deflate, bzip2, LZMA."""
+
+NAMES = {1: "Shrink", 6: "Implode", 9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
+"""What else members are packed with, by the number of the method (APPNOTE 4.4.5)."""
 
 
 @contextmanager
@@ -59,8 +62,8 @@ def study_uid(path: Path) -> str:
                         packed.seek(0)
                         found = dcmread(packed, stop_before_pixels=True, specific_tags=["StudyInstanceUID"])
                         return str(found.get("StudyInstanceUID") or "")
-    except DAMAGED + damage() + (OSError,):
-        pass  # whoever unpacks it says why
+    except Exception:  # noqa: BLE001 - whoever unpacks it says why
+        return ""
     return ""
 
 
@@ -70,17 +73,18 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
     What `lost_slices` goes by stays: endings that say what a file is, which names are alike, and which are hidden, a
     DICOMDIR among them.
     Raises InputError for members that point elsewhere, are encrypted, or unpack to more than `largest` bytes in all
-    (`unsafe_archive`), and for archives of DICOM files among them (`nested_archive`); UnreadableFile for an archive
-    that is damaged.
+    (`unsafe_archive`), for archives of DICOM files among them (`nested_archive`), and for members packed in a way that
+    Python does not know (`unknown_compression`); UnreadableFile for an archive that is damaged, OutputError where
+    there is no room.
     """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
+            members = [member for member in archive.infolist() if not _name(member).endswith("/")]
             _check(members)
             folders: dict[PurePosixPath, Path] = {}
             kinds: dict[tuple[str, str], int] = {}
             for number, member in enumerate(members):
-                named = PurePosixPath(member.filename)
+                named = PurePosixPath(_name(member))
                 home, ending = named.parent, _telling(named.name)
                 hidden = "." if named.name.startswith(".") or named.name.upper() == "DICOMDIR" else ""
                 kind = _letters(kinds.setdefault(name_kind(named.name), len(kinds)))
@@ -92,8 +96,11 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
                         "The archive holds another archive with DICOM files, which would be left out. Unpack it first.",
                         reason="nested_archive",
                     )
-    except DAMAGED as error:
-        raise UnreadableFile("The archive is damaged or no zip. Copy or pack it again.", path=path) from error
+    except (MedsegError, MemoryError):
+        raise
+    except Exception as error:  # zipfile and its decoders raise a dozen kinds
+        text = "The archive is damaged, is not a zip, or is one part of several. Copy or pack it again."
+        raise UnreadableFile(text, path=path) from error
 
 
 def _telling(name: str) -> str:
@@ -113,11 +120,25 @@ def _check(members: list[zipfile.ZipInfo]) -> None:
     if len(members) > MOST_MEMBERS:
         raise _unsafe(f"it has {len(members)} members, and {MOST_MEMBERS} are allowed")
     for member in members:
-        for name in (PurePosixPath(member.filename), PureWindowsPath(member.filename)):
+        for name in (PurePosixPath(_name(member)), PureWindowsPath(member.filename)):
             if name.is_absolute() or name.drive or ".." in name.parts:
                 raise _unsafe("a member would be written outside of its folder")
         if member.flag_bits & 1:
             raise _unsafe("it is encrypted")
+        if stat.S_IFMT(member.external_attr >> 16) not in {0, stat.S_IFREG}:
+            raise _unsafe("a member is a link or a device and not a file")
+        if member.compress_type not in PACKED:
+            method = NAMES.get(member.compress_type, f"method {member.compress_type}")
+            raise InputError(
+                f"The archive is packed with {method}, which Python cannot unpack. Unpack it, or pack it again "
+                "with plain deflate.",
+                reason="unknown_compression",
+            )
+
+
+def _name(member: zipfile.ZipInfo) -> str:
+    """Return the name of a member with slashes: some programs of Windows write backslashes against the standard."""
+    return member.filename.replace("\\", "/")
 
 
 def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allowed: int) -> int:
@@ -128,7 +149,11 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, allow
             count += len(chunk)
             if count > allowed:
                 raise _unsafe(f"it unpacks to more than {LARGEST_ARCHIVE / 2**30:.0f} GB")
-            file.write(chunk)
+            try:
+                file.write(chunk)
+            except OSError as error:
+                text = f"The archive could not be unpacked: {error.strerror}. Make room where temporary files go."
+                raise OutputError(text, path=target) from error
     return count
 
 

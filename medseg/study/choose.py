@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,9 @@ import numpy as np
 from medseg.errors import GeometryError, InputError, MedsegError
 from medseg.io.dicom_series import Series
 from medseg.io.dicom_slice import VARIANTS
+from medseg.study.patterns import matches
 from medseg.study.pipeline import Range, Rule, Wanted
+from medseg.study.shown import shown_modality
 from medseg.volume import Grid
 
 PLANES = ("sagittal", "coronal", "axial")
@@ -91,7 +92,7 @@ def _choose(
 def _misfit(series: Series, rule: Rule) -> str | None:
     """Return which condition on the header a series does not meet."""
     checks = (
-        (series.modality in rule.modality, f"its modality is {series.modality or 'blank'}"),
+        (series.modality in rule.modality, f"its modality is {shown_modality(series.modality) or 'blank'}"),
         (rule.description is None or _matches(rule.description, series), "its description does not match"),
         (
             rule.not_description is None or not _matches(rule.not_description, series),
@@ -178,7 +179,7 @@ def share_space(first: Series, other: Series) -> bool:
 
 
 def _matches(pattern: str, series: Series) -> bool:
-    return re.search(pattern, series.description, re.IGNORECASE) is not None
+    return matches(pattern, series.description)
 
 
 def _within(value: float, ends: Range | None) -> bool:

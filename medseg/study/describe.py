@@ -14,6 +14,8 @@ from medseg.io.dicom_geometry import stack_measures
 from medseg.io.dicom_series import Series
 from medseg.study.archive import opened
 from medseg.study.find import Study, find_studies
+from medseg.study.patterns import LONGEST
+from medseg.study.shown import shown_modality, shown_number
 
 
 def describe_studies(path: str | PathLike[str], *, descriptions: bool = False) -> dict[str, Any]:
@@ -60,9 +62,10 @@ def series_names(study: Study) -> list[str]:
 
 def _facts(series: Series, part: int, descriptions: bool) -> dict[str, Any]:
     grid = series.grid or series.regular_grid
-    facts: dict[str, Any] = {"series": series.number, "part": part, "modality": series.modality}
+    facts: dict[str, Any] = {"series": shown_number(series.number), "part": part}
+    facts["modality"] = shown_modality(series.modality)
     if descriptions:
-        facts["description"] = series.description
+        facts["description"] = series.description[:LONGEST]
     facts |= {"slices": series.n_slices, "matrix": list(series.slices[0].shape)}
     if grid is not None:
         facts |= {

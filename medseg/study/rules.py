@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from medseg.study.patterns import matches
 from medseg.study.pipeline import Pattern, Rule, Strict, read_record
 
 
@@ -28,7 +29,7 @@ class LabelRule(Strict):
     def takes(self, structure: str) -> bool:
         """Return whether a structure of this name becomes the label; spaces around it do not count."""
         patterns = self.match or (re.escape(self.name),)
-        return any(re.fullmatch(pattern, structure.strip(), re.IGNORECASE) for pattern in patterns)
+        return any(matches(pattern, structure.strip(), whole=True) for pattern in patterns)
 
 
 class DatasetRules(Strict):
