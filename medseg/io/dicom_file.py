@@ -29,11 +29,14 @@ DIRECTORY = "1.2.840.10008.1.3.10"
 UNDEFINED = 0xFFFFFFFF
 ITEM = b"\xfe\xff\x00\xe0"
 
-LARGEST_HEADER = 2**28
-"""Bytes that a deflated header may unpack to, and that one element of any header may have."""
+LARGEST_ELEMENT = 2**28
+"""Bytes that an element of a header may have."""
+
+LARGEST_HEADER, LARGEST_OBJECT = 2**26, 2**30
+"""Bytes that the header of a deflated file may unpack to, and all of an object of labels."""
 
 LARGEST_PIXELS = 2**33
-"""Bytes that the pixels of a deflated or compressed file may unpack to."""
+"""Bytes that the pixels of a deflated or compressed scan may have."""
 
 MOST_ITEMS = 500_000
 """Items that a deflated header may have: each takes eight bytes there, and a kilobyte when it is parsed."""
@@ -57,7 +60,7 @@ class Found:
         if tag in self.stops:
             self.tag, self.vr, self.length = tag, vr, length
             return True
-        if length > LARGEST_HEADER and length != UNDEFINED and tag in self.wanted:
+        if length > LARGEST_ELEMENT and length != UNDEFINED and tag in self.wanted:
             raise UnreadableFile(
                 "A DICOM file is damaged: a part of its header claims to have over 256 MB. Copy or export it again."
             )
@@ -93,11 +96,11 @@ def begins_as_dicom(file: IO[bytes]) -> bool:
     return head[128:132] == b"DICM" or _are_elements(head)
 
 
-def parse(file: BinaryIO, stop: Stop, tags: Collection[BaseTag] = ()) -> Parsed | None:
+def parse(file: BinaryIO, stop: Stop, tags: Collection[BaseTag] = (), *, most: int | None = None) -> Parsed | None:
     """Return the elements, or those with `tags`, of a file that was opened just now; None where it is not DICOM.
 
     Parsing ends where `stop` says so; `stream` is then at that element.
-    Raises UnreadableFile for deflated files that unpack to more than a header.
+    Raises UnreadableFile for deflated files that unpack to more than `most` bytes, by default those of a header.
     """
     from pydicom.filereader import read_dataset
 
@@ -112,7 +115,7 @@ def parse(file: BinaryIO, stop: Stop, tags: Collection[BaseTag] = ()) -> Parsed 
     if syntax == DEFLATED and not _are_elements(file.read(FIRST_BYTES)):
         file.seek(start)
         packed_from, start = start, 0
-        file = unpacked(file, LARGEST_HEADER, MOST_ITEMS)
+        file = unpacked(file, most or LARGEST_HEADER, MOST_ITEMS)
     file.seek(start)
     first = file.read(6)
     file.seek(start)
@@ -131,8 +134,9 @@ def read_data(path: Path, keywords: Collection[str] = (), *, pixels: bool = Fals
     from pydicom.dataset import FileMetaDataset
     from pydicom.tag import Tag
 
+    tags, most = [Tag(keyword) for keyword in keywords], LARGEST_OBJECT if pixels else LARGEST_HEADER
     with path.open("rb") as file:
-        found = parse(file, Found(() if pixels else PIXELS), [Tag(keyword) for keyword in keywords])
+        found = parse(file, Found(() if pixels else PIXELS), tags, most=most)
     if found is None:
         raise UnreadableFile("This file is not DICOM. Pass another, or export it again.", path=path, reason="no_dicom")
     data = found.data
