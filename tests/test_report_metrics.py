@@ -249,3 +249,31 @@ class TestEvaluateFolder:
 def test_csv_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="could not be written"):
         write_scores_csv(Scores(()), tmp_path / "nowhere" / "scores.csv")
+
+
+def test_missing_half_of_the_structures_improves_no_mean():
+    shape = (12, 12, 12)
+    grid = Grid(shape, np.diag([1.0, 2.0, 1.0, 1.0]))
+    empty = np.zeros((1, *shape), np.uint8)
+    truth, near, far = (empty.copy() for _ in range(3))
+    truth[:, 2:6, 2:6, 2:6] = near[:, 3:7, 2:6, 2:6] = far[:, 6:10, 2:6, 2:6] = 1
+    labels = make_labels({(1, "ball")})
+
+    def scores(*found):
+        compared = [compare_labels(Volume(one, grid), Volume(truth, grid), labels) for one in found]
+        return Scores(tuple(CaseScores(str(n), tuple(one)) for n, one in enumerate(compared)))
+
+    all_found, half_missed = scores(far, near), scores(empty, near)
+    for key in ("dice", "iou", "precision", "recall", "surface_dice"):
+        assert half_missed.mean[key] <= all_found.mean[key]
+    for key in ("hd95_mm", "mean_surface_mm"):
+        assert half_missed.mean[key] > all_found.mean[key]
+    assert half_missed.cases[0].labels[0].hd95_mm == pytest.approx(np.sqrt(11**2 + 22**2 + 11**2))
+    row = half_missed.to_dict()["labels"][0]
+    assert {key: row[key] for key in ("cases", "surface_cases", "missed", "invented")} == {
+        "cases": 2, "surface_cases": 2, "missed": 1, "invented": 0,
+    }  # fmt: skip
+    assert [one["labels"][0]["status"] for one in half_missed.to_dict()["cases"]] == ["missed", "found"]
+    (invented,) = compare_labels(Volume(near, grid), Volume(empty, grid), labels)
+    (absent,) = compare_labels(Volume(empty, grid), Volume(empty, grid), labels)
+    assert (invented.status, absent.status) == ("invented", "absent")

@@ -235,7 +235,10 @@ def test_ignored_voxels_do_not_speak_for_or_against_a_clean_up(balls, plan, tmp_
 
 def test_of_a_card_only_the_scores_are_renewed(plan, tmp_path):
     for name, dice in (("fold_0.scores.json", 0.5), ("scores.json", 0.75)):
-        scores = {"cases": [{}, {}], "labels": [{"name": "ball", "dice": dice}]}
+        found = {"name": "ball", "dice": 0.9, "true_positives": 5, "false_positives": 1}
+        missed = {"name": "ball", "dice": 0.0, "true_positives": 0, "false_positives": 0}
+        cases = [{"labels": [found]}, {"labels": [missed]}, {"labels": [missed | {"dice": None}]}]
+        scores = {"cases": cases, "labels": [{"name": "ball", "dice": dice}]}
         (tmp_path / name).write_text(json.dumps(scores))
         write_card(tmp_path, plan, "balls", 6)
         card = tmp_path / "MODEL_CARD.md"
@@ -244,8 +247,8 @@ def test_of_a_card_only_the_scores_are_renewed(plan, tmp_path):
                 card.read_bytes().replace(b"to be filled in", b"CC0 by J\xfcrgen") + b"\nFold 0 | alone.\n\n## Limits\n"
             )
             card.write_bytes(edited)
-    table = b"| 0 | 2 | ball | 0.500 |"
-    assert card.read_bytes() == edited.replace(table, table + b"\n| all | 2 | ball | 0.750 |")
+    table = b"| 0 | ball | 0.500 | 2 of 3 | 1 |"
+    assert card.read_bytes() == edited.replace(table, table + b"\n| all | ball | 0.750 | 2 of 3 | 1 |")
     card.write_text("A card by hand.\n")
     write_card(tmp_path, plan, "balls", 6)
     assert card.read_text() == "A card by hand.\n"

@@ -149,6 +149,34 @@ def test_a_training_that_is_not_getting_better_stops_and_is_whole(balls, plan, t
     assert not (tmp_path / "fold_0.checkpoint").exists()
 
 
+def test_a_training_ends_early_only_after_a_look_that_found_it_no_better(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HISTORY_STEPS", 2)
+    monkeypatch.setattr(Paced, "is_due", False)  # looking takes long: nobody would look before the end
+    looks: list[float] = []
+
+    def better(*_):
+        looks.append(len(looks))
+        return {"validation_loss": 1.0, "dice_ball": looks[-1] / 100}
+
+    monkeypatch.setattr(Probe, "__call__", better)
+    steps: list[int] = []
+    settings = FAST.model_copy(update={"early_stop": 0.39})
+    train_model(balls, plan, tmp_path, budget="20steps", settings=settings, progress=lambda now: steps.append(now.step))
+    assert max(steps) == 20
+    assert len(looks) == 10  # every tenth of the budget, a quarter of 0.4
+
+
+def test_what_was_not_looked_at_is_taken_for_no_better_by_nobody(balls, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HISTORY_STEPS", 10)  # the share ends between two lines of the history
+    monkeypatch.setattr(Paced, "is_due", False)
+    dice = iter((0.5, 0.4, 0.4))
+    monkeypatch.setattr(Probe, "__call__", lambda *_: {"validation_loss": 1.0, "dice_ball": next(dice)})
+    settings = FAST.model_copy(update={"early_stop": 0.2})
+    train_model(balls, plan, tmp_path, budget="40steps", settings=settings)
+    rows = list(csv.DictReader((tmp_path / "fold_0.history.csv").read_text().splitlines()))
+    assert [(row["step"], row["dice_ball"]) for row in rows] == [("10", "0.5"), ("20", "0.4")]
+
+
 @pytest.mark.parametrize("budget", [Budget(seconds=2000.0), Budget(steps=1000)])
 def test_the_time_that_is_left_is_right_within_5_percent(plan, tmp_path, monkeypatch, budget):
     """A step takes 2 s, but the first ten take 10: something is compiled, or disks are cold."""

@@ -1,8 +1,9 @@
 """Label maps against references: counts and scores for every case and label, and their means.
 
 One decision about structures that are not there: where neither the prediction nor the reference has the label, its
-scores are NaN (None in JSON) and left out of every mean; where only one of them has it, its scores are 0.
-Distances between surfaces are NaN for such a structure: look at the surface Dice, which is 0.
+scores are NaN (None in JSON) and left out of every mean; where only one of them has it, its scores are 0 and the
+distances between surfaces are the diagonal of the image. Beside each mean stands from how many cases it is, and in how
+many of them the structure was missed, or invented.
 A case without a usable prediction has failed. It counts as one in which nothing was found, and is never left out.
 """
 
@@ -16,7 +17,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,12 @@ class LabelScore:
     mean_surface_mm: float = math.nan
 
     @property
+    def status(self) -> Literal["found", "missed", "invented", "absent"]:
+        """Whether the label is in both volumes, in the reference alone, in the prediction alone, or in neither."""
+        predicted, there = self.volume_predicted_ml > 0, self.volume_reference_ml > 0
+        return ("found" if predicted else "missed") if there else "invented" if predicted else "absent"
+
+    @property
     def dice(self) -> float:
         """Twice the common voxels over the sum of both."""
         common = 2 * self.true_positives
@@ -96,7 +103,7 @@ class LabelScore:
     def to_dict(self) -> dict[str, Any]:
         """Return value, name, counts and scores as JSON takes them."""
         scores = {key: getattr(self, key) for key in (*COUNTS, *SCORES)}
-        return {"value": self.value, "name": self.name} | _without_nan(scores)
+        return {"value": self.value, "name": self.name, "status": self.status} | _without_nan(scores)
 
     def _ratio(self, part: int, whole: int) -> float:
         if not (self.true_positives or self.false_positives or self.false_negatives):
@@ -140,6 +147,22 @@ class Scores:
         }
 
     @property
+    def label_counts(self) -> dict[int, dict[str, int]]:
+        """For each label value, from how many `cases` its means are, in how many it was `missed` or `invented`.
+
+        Of `surface_cases` are those of its surface scores: surfaces that ignored voxels cut are not compared. Means of
+        volumes are over all cases in which the label was drawn.
+        """
+        counts: dict[int, dict[str, int]] = {}
+        for score in (score for case in self.cases for score in case.labels):
+            row = counts.setdefault(score.value, dict.fromkeys(("cases", "surface_cases", "missed", "invented"), 0))
+            row["cases"] += score.status != "absent"
+            row["surface_cases"] += not math.isnan(score.surface_dice)
+            for status in ("missed", "invented"):
+                row[status] += score.status == status
+        return dict(sorted(counts.items()))
+
+    @property
     def mean(self) -> dict[str, float]:
         """The mean over labels of `label_means`: a rare label counts as much as one that every case has."""
         means = self.label_means.values()
@@ -166,11 +189,13 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Return the means with the interval of Dice, the failed cases and every case as JSON takes them."""
         names = {score.value: score.name for case in self.cases for score in case.labels}
-        means = self.label_means
+        means, counts = self.label_means, self.label_counts
+        totals = {key: sum(row[key] for row in counts.values()) for key in ("missed", "invented")}
         return {
-            "mean": _without_nan(self.mean),
+            "mean": _without_nan(self.mean) | {"labels": sum(row["cases"] > 0 for row in counts.values())} | totals,
             "labels": [
                 {"value": value, "name": names[value]}
+                | counts[value]
                 | _without_nan(means[value] | dict(zip(("dice_low", "dice_high"), self.interval(value), strict=True)))
                 for value in means
             ],
@@ -255,7 +280,7 @@ def evaluate_folder(
 def write_scores_csv(scores: Scores, path: str | PathLike[str]) -> None:
     """Write one line for each case and label, with an empty cell for a score that is NaN. Raises OutputError."""
     with written_whole(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["case", "failure", "value", "name", *COUNTS, *SCORES])
+        writer = csv.DictWriter(file, ["case", "failure", "value", "name", "status", *COUNTS, *SCORES])
         writer.writeheader()
         for case in scores.cases:
             writer.writerows({"case": case.name, "failure": case.failure} | score.to_dict() for score in case.labels)

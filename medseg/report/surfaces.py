@@ -22,7 +22,8 @@ class SurfaceScore:
 
     `hd95_mm` is the larger of both 95th percentiles, `mean_mm` the mean over both surfaces, `dice` the share of both
     that lies within the tolerance of the other (Nikolov et al., "Clinically applicable segmentation of head and neck
-    anatomy for radiotherapy", JMIR 2021). Between a surface and nothing `dice` is 0, and there is no distance (NaN).
+    anatomy for radiotherapy", JMIR 2021). Between a surface and nothing `dice` is 0, and the distances are the diagonal
+    of the image, the worst that there can be: who misses more must not look better.
     """
 
     dice: float
@@ -34,11 +35,19 @@ def compare_surfaces(predicted: Mask, reference: Mask, grid: Grid, tolerance_mm:
     """Return the distances between two masks (I, J, K) on one grid, which may be oblique or sheared; NaN for none."""
     points = [_border(mask) @ grid.affine[:3, :3].T for mask in (predicted, reference)]
     if not all(map(len, points)):
-        return SurfaceScore(0.0 if any(map(len, points)) else math.nan, math.nan, math.nan)
+        worst = _diagonal_mm(grid) if any(map(len, points)) else math.nan
+        return SurfaceScore(worst * 0, worst, worst)
     there, back = (_distances(*pair) for pair in (points, points[::-1]))
     both = np.concatenate([there, back])
     hd95 = max(float(np.percentile(there, 95)), float(np.percentile(back, 95)))
     return SurfaceScore(float((both <= tolerance_mm).mean()), hd95, float(both.mean()))
+
+
+def _diagonal_mm(grid: Grid) -> float:
+    """Return the longest distance between the centers of two voxels."""
+    last = np.asarray(grid.shape) - 1
+    signs = np.array([(1, a, b) for a in (-1, 1) for b in (-1, 1)])
+    return float(np.linalg.norm((signs * last) @ grid.affine[:3, :3].T, axis=1).max())
 
 
 def _border(mask: Mask) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 from medseg.errors import ModelError
 from medseg.io.files import written_whole
@@ -23,8 +24,8 @@ def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
     files = (*sorted(folder.glob("fold_*.scores.json")), folder / "scores.json")
     table = [
         "",
-        "| fold | cases | label | Dice |",
-        "|---|---|---|---|",
+        "| fold | label | Dice | cases with it | missed |",
+        "|---|---|---|---|---|",
         *(row for file in files for row in _rows(file)),
     ]
     # What its owner wrote stays as it is, in whatever encoding.
@@ -60,10 +61,17 @@ def _rows(file: Path) -> list[str]:
     scores = read_json(file, "The file of scores", ModelError)
     fold = file.name.removesuffix("scores.json").removeprefix("fold_").removesuffix(".") or "all"
     try:
-        dice = {
-            label["name"]: "none there" if label["dice"] is None else f"{label['dice']:.3f}"
-            for label in scores["labels"]
-        }
-        return [f"| {fold} | {len(scores['cases'])} | {name} | {value} |" for name, value in dice.items()]
+        rows = [(label, _counts(label["name"], scores["cases"])) for label in scores["labels"]]
+        return [
+            f"| {fold} | {label['name']} | {'none there' if label['dice'] is None else format(label['dice'], '.3f')} | "
+            f"{count} of {len(scores['cases'])} | {missed} |"
+            for label, (count, missed) in rows
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError("The file of scores is damaged. Delete it to have it written anew.", path=file) from error
+
+
+def _counts(name: str, cases: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return in how many cases a label has a Dice, and in how many of these it was there and nothing was found."""
+    own = [one for case in cases for one in case["labels"] if one["name"] == name and one["dice"] is not None]
+    return len(own), sum(one["true_positives"] + one["false_positives"] == 0 for one in own)

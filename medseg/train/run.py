@@ -16,10 +16,13 @@ from types import FrameType
 from medseg.model.weights import save_weights
 from medseg.train.checkpoint import FINISH, INTERRUPT, TrainState
 from medseg.train.settings import Budget
-from medseg.train.watch import Watch, stalled
+from medseg.train.watch import Watch, stalled, unseen_for
 
 HISTORY_STEPS = 50
 """Steps that one line of the history sums up."""
+
+LOOKS = 4
+"""Looks at validation patches, at least, in the share of a budget after which a training may end early."""
 
 CHECKPOINT_S = 60.0
 """Seconds between two checkpoints: the work that a crash can cost."""
@@ -97,7 +100,8 @@ def run_steps(
 ) -> None:
     """Take the steps of a training: history, progress, a checkpoint each minute, at the end, and when asked to stop.
 
-    With `patience` it ends early when validation patches have not been better for that share of the budget.
+    With `patience` it ends early when validation patches, looked at LOOKS times at least and at the last step, have not
+    been better for that share of the budget.
     `losses` are those of `optimize`: where a step tells none, its weights may yet prove useless, and are not kept.
     Raises KeyboardInterrupt after the step in which SIGINT or SIGTERM came, with the checkpoint written.
     """
@@ -109,16 +113,19 @@ def run_steps(
             recent.extend(read)
             now = _now(state, recent, speed(state), budget, files.fold)
             if files.watch and state.step % HISTORY_STEPS == 0:
-                files.watch.note(state, now.loss, now.steps_per_s)
+                look = bool(patience) and unseen_for(state.history, now.done, state.step) >= patience / LOOKS
+                files.watch.note(state, now.loss, now.steps_per_s, look=look)
                 if patience and stalled(state.history, now.done, patience, state.step):
-                    state.asked = FINISH
+                    # Only a look at this very step may end a training: what was not looked at may be better.
+                    files.watch.note(state, now.loss, now.steps_per_s, look=True)
+                    state.asked = FINISH if stalled(state.history, now.done, patience, state.step) else state.asked
             if _interrupted(progress, now) or stopped():
                 state.asked = INTERRUPT
             if read and time.monotonic() - saved > CHECKPOINT_S:
                 files.save(state)
                 saved = time.monotonic()
         if files.watch and recent and state.asked != INTERRUPT:
-            files.watch.note(state, now.loss, now.steps_per_s, last=True)
+            files.watch.note(state, now.loss, now.steps_per_s, look=True)
         files.save(state)
         interrupted = state.asked == INTERRUPT or stopped()  # after the last step, too: other folds may follow
     if interrupted:

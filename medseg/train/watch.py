@@ -106,15 +106,15 @@ class Watch:
         self._drawing = Paced()
         self._writer = _writer(folder / "tensorboard" / f"fold_{fold}") if tensorboard else None
 
-    def note(self, state: TrainState, loss: float, steps_per_s: float, *, last: bool = False) -> None:
-        """Add a line to the history, with the validation patches if it is time for them."""
+    def note(self, state: TrainState, loss: float, steps_per_s: float, *, look: bool = False) -> None:
+        """Add a line to the history, with the validation patches if it is time for them or with `look`."""
         rate = float(state.optimizer.param_groups[0]["lr"])
         row = {"step": state.step, "seconds": state.seconds, "loss": loss, "learning_rate": rate}
         row["steps_per_s"] = steps_per_s
-        if self.probe and (last or self.probe.pace.is_due):
+        before = state.history.pop() if state.history and state.history[-1]["step"] == state.step else {}
+        if self.probe and "validation_loss" not in before and (look or self.probe.pace.is_due):
             row |= self.probe(state.average)
-        if state.history and state.history[-1]["step"] == state.step:
-            row = state.history.pop() | row
+        row = before | row
         state.history.append(row)
         if self._writer:
             for name in row.keys() - {"step", "seconds"}:
@@ -137,11 +137,22 @@ class Watch:
 
 def stalled(history: Sequence[dict[str, float]], done: float, patience: float, step: int) -> bool:
     """Return whether the mean Dice of the patches has not risen for a share of the budget, of which `done` is spent."""
-    seen = [(row["step"], _mean_dice(row)) for row in history if any(name.startswith("dice_") for name in row)]
+    seen = _looks(history)
     if not seen or not step:
         return False
     best = max(seen, key=lambda one: one[1])[0]
     return done * (1 - best / step) > patience
+
+
+def unseen_for(history: Sequence[dict[str, float]], done: float, step: int) -> float:
+    """Return the share of the budget, of which `done` is spent, since the validation patches were looked at."""
+    seen = _looks(history)
+    return done * (1 - (seen[-1][0] if seen else 0) / max(1, step))
+
+
+def _looks(history: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
+    """Return the (step, mean Dice) of each look at the validation patches."""
+    return [(row["step"], _mean_dice(row)) for row in history if any(name.startswith("dice_") for name in row)]
 
 
 def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
