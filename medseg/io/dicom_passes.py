@@ -74,7 +74,9 @@ def _partings(slices: Sequence[Slice], heights_mm: NDArray[np.float64]) -> Itera
     for place, element in enumerate(VARIANTS):
         if element in WHEN and all(part.variants[place] for part in slices):
             found.append((element, _by_order(heights_mm, [_sortable(part.variants[place]) for part in slices])))
-    if not any(math.isnan(part.instance_number) for part in slices):
+    if len({part.path for part in slices}) == 1:
+        found.append(("InstanceNumber", _by_order(heights_mm, [(part.frame,) for part in slices])))
+    elif not any(math.isnan(part.instance_number) for part in slices):
         found.append(("InstanceNumber", _by_order(heights_mm, [(p.instance_number, p.frame) for p in slices])))
     for element, parts in found:
         if len(parts) > 1 and min(map(len, parts)) >= LEAST_PASS:
