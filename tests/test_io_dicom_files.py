@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -170,6 +170,35 @@ class TestEncoding:
 
         write_series(tmp_path, range(3))
         truth = rewrite(tmp_path, is_so, said, change=decorate)
+        np.testing.assert_array_equal(read(tmp_path).array[0], truth)
+
+    @pytest.mark.parametrize(("spare", "reason"), [(0, None), (2, "transfer_syntax")])
+    @pytest.mark.parametrize("is_so", ["explicit", "big"])
+    def test_uncompressed_pixels_of_undefined_length(
+        self, tmp_path: Path, is_so: str, spare: int, reason: str | None
+    ) -> None:
+        order: Literal["little", "big"] = "big" if is_so == "big" else "little"
+
+        def pack(data: bytes) -> bytes:
+            start = len(data) - 48
+            assert int.from_bytes(data[start - 4 : start], order) == 48
+            closing = b"".join(number.to_bytes(2, order) for number in (0xFFFE, 0xE0DD, 0, 0))
+            return data[: start - 4] + b"\xff\xff\xff\xff" + data[start:] + bytes(spare) + closing
+
+        write_series(tmp_path)
+        truth = rewrite(tmp_path, is_so, ENCODINGS[is_so], pack=pack)
+        if reason is None:
+            np.testing.assert_array_equal(read(tmp_path).array[0], truth)
+        else:
+            assert refusal(tmp_path).reason == reason
+
+    def test_compressed_pixels_of_known_length(self, tmp_path: Path) -> None:
+        def pack(data: bytes) -> bytes:
+            head, pixels = data[:-8].split(b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff")
+            return head + b"\xe0\x7f\x10\x00OB\0\0" + struct.pack("<L", len(pixels)) + pixels
+
+        write_series(tmp_path)
+        truth = rewrite(tmp_path, "explicit", RLELossless, change=lambda data: data.compress(RLELossless), pack=pack)
         np.testing.assert_array_equal(read(tmp_path).array[0], truth)
 
     def test_deflated(self, tmp_path: Path) -> None:

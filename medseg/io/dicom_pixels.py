@@ -28,6 +28,7 @@ from medseg.io.dicom_refusals import LAYOUT, Pixels
 from medseg.volume import Array
 
 PIXEL_DATA = 0x7FE00010
+DELIMITER, DELIMITER_BIG_ENDIAN = b"\xfe\xff\xdd\xe0", b"\xff\xfe\xe0\xdd"
 GE_BIG_ENDIAN = "1.2.840.113619.5.2"
 """A transfer syntax of GE: the header as in implicit VR, the pixels big-endian words."""
 
@@ -65,14 +66,15 @@ def locate(parsed: Parsed, found: Found, header: Header, frames: int) -> Located
     """Return where the pixels of a file begin that was parsed up to them.
 
     Those that are compressed or in layouts that are rare are "decoded", by pydicom. How the element is encoded is what
-    the parser found there. An element of known length holds no compressed pixels (PS3.5 A.4), whatever the file says.
+    the parser found there. Compressed pixels begin with an item (PS3.5 A.4); others are not compressed, whatever the
+    file says.
     """
     if found.tag != PIXEL_DATA:
         return Located("float" if found.tag in PIXELS else "none")
     start = parsed.stream.tell()
     head = parsed.stream.read(_head_bytes(found.vr))
-    is_compressed = found.length == UNDEFINED
-    if not is_compressed and parsed.syntax not in UNCOMPRESSED:
+    is_compressed = False
+    if found.length == UNDEFINED or parsed.syntax not in UNCOMPRESSED:
         is_compressed = parsed.stream.read(4) == ITEM
         parsed.stream.seek(start + len(head))
     size = None if parsed.packed_from is not None else os.fstat(parsed.stream.fileno()).st_size
@@ -85,7 +87,19 @@ def locate(parsed: Parsed, found: Found, header: Header, frames: int) -> Located
         return Located("stored", problem=UNKNOWN_SYNTAX)
     left = LARGEST_PIXELS if size is None else size - start - len(head)
     native = Native(start, head, (0, 0), order, 0, parsed.packed_from)
-    return _layout(parsed, header, native, frames, found.length, left)
+    if found.length != UNDEFINED:
+        return _layout(parsed, header, native, frames, found.length, left)
+    located = _layout(parsed, header, native, frames, left, left)
+    return located if _ends_behind(parsed, located.native, frames) else located._replace(problem=UNKNOWN_SYNTAX)
+
+
+def _ends_behind(parsed: Parsed, native: Native | None, frames: int) -> bool:
+    """Return whether the delimiter of an element of undefined length follows the last of its pixels."""
+    if native is None:
+        return False
+    size = native.shape[0] * native.shape[1] * int(native.dtype[-1]) * frames
+    parsed.stream.seek(native.start + len(native.head) + size + size % 2)
+    return parsed.stream.read(4) in {DELIMITER, DELIMITER_BIG_ENDIAN}
 
 
 def _head_bytes(vr: str | None) -> int:
