@@ -273,6 +273,9 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
     precision: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16 or tf32, where the device can.")
     ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Minutes that one study may be worked on; then its worker is ended.", min=0.01)
+    ] = 240,
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline over all studies of a folder. Started again, it keeps what is done and true, and does the rest."""
@@ -283,6 +286,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
     options = Options(
         workers=workers, shard=_shard(shard), verify="full" if verify == "full" else "quick",
         device=device, runtime=runtime, precision=precision, threads=threads, deidentify=deidentify,
+        time_limit_s=60 * time_limit,
     )  # fmt: skip
     try:
         with batch_table(show_paths) as show:

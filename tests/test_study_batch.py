@@ -365,6 +365,9 @@ class SlowWriter(Hand):
         ended = {"status": "done", "reason": None, "text": None}
         return self, self.answers.pop(0) if self.answers else {"done": self.unwritten.pop(0), "manifest": ended}
 
+    def end(self):
+        raise AssertionError("it is never late")
+
     def close(self):
         pass
 
@@ -377,6 +380,19 @@ def test_what_is_computed_does_not_pile_up_where_writing_takes_longer(tmp_path, 
     outcomes = run_batch(pipeline, tmp_path / "in", tmp_path / "out", TORCH)
     assert [one.status for one in outcomes] == ["done"] * 8
     assert engines[0].most == batch.MOST_HELD
+
+
+def test_a_study_that_takes_too_long_is_marked_and_the_rest_completes(tmp_path):
+    """A pattern that looks around may hold the interpreter of a worker for ever, even on a text of 64 characters."""
+    rule = {"name": "CT", "modality": ["CT"], "not_description": "(?!x)(a|a)*b"}
+    pipeline = write_pipeline(tmp_path / "pipeline", channels=[rule])
+    for number in range(3):
+        write_study(tmp_path / "studies", number, SeriesDescription="a" * 60 if number == 1 else "t1")
+    outcomes = run_batch(
+        pipeline, tmp_path / "studies", tmp_path / "out", Options(runtime="torch", threads=1, time_limit_s=5.0)
+    )
+    assert [(one.status, one.reason) for one in outcomes] == [("done", None), ("failed", "time_limit"), ("done", None)]
+    assert sorted(complete(tmp_path / "out").values()) == ["done", "done", "failed"]
 
 
 def test_wrong_use_is_said_before_anything_is_made(tmp_path, pipeline):

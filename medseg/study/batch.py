@@ -37,6 +37,9 @@ AHEAD = 2
 MOST_HELD = 4
 """Studies that a process has in all: those that are computed wait in its memory to be written."""
 
+TIME_LIMIT_S = 4 * 3600.0
+"""For so long one study may be worked on; then its worker counts as dead."""
+
 POLL_S, ELSEWHERE_S = 0.5, 2.0
 """How often progress is shown, and studies that another batch has claimed are looked at."""
 
@@ -47,7 +50,8 @@ class Options:
 
     `shard` (i, n) runs the i-th of n parts. `threads` are those of each network; by default the cores are shared out,
     and on a cluster each worker takes those that it was started with. `deidentify` leaves out of the results whatever
-    says whose they are, see `study/deidentify.py`.
+    says whose they are, see `study/deidentify.py`. A worker is ended that works on one study for more than
+    `time_limit_s`.
     """
 
     workers: int = 1
@@ -58,6 +62,7 @@ class Options:
     precision: str | None = None
     threads: int | None = None
     deidentify: bool = False
+    time_limit_s: float = TIME_LIMIT_S
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class _Batch:
     claimed: deque[str] = field(default_factory=deque)
     suspects: deque[str] = field(default_factory=deque)
     deaths: Counter[str] = field(default_factory=Counter)
+    late: set[str] = field(default_factory=set)
     early_deaths: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     kept: int = 0
@@ -157,6 +163,7 @@ class _Batch:
         self._sweep()
         while len(self.outcomes) < len(self.entries):
             self._feed()
+            self._end_late()
             self._report()
             if self.elsewhere and not (self.pending or self.suspects or self._in_flight()):
                 time.sleep(ELSEWHERE_S)
@@ -189,6 +196,14 @@ class _Batch:
                 continue
             while hand.uncomputed < AHEAD and len(hand.in_flight) < MOST_HELD and (study := self._next()) is not None:
                 self._send(hand, study)
+
+    def _end_late(self) -> None:
+        """End workers that have worked on a study for too long; it is run again by itself, as after a death."""
+        for hand in self.hands:
+            late = {study for study in hand.in_flight if hand.worked_s(study) > self.options.time_limit_s}
+            if late:
+                self.late |= late
+                hand.end()
 
     def _ready_hands(self) -> list[Hand]:
         """Return the workers that have loaded their network; more are hired while there is work for them."""
@@ -322,7 +337,11 @@ class _Batch:
     def _mark(self, study: str) -> None:
         """Write down that a study kills who runs it."""
         text = f"{MOST_DEATHS} processes died of this study, most likely for want of memory."
-        facts = {"status": "failed", "reason": "killed_worker", "text": text, "state": self._state(study)}
+        reason = "killed_worker"
+        if study in self.late:
+            reason = "time_limit"
+            text = f"The study took longer than {self.options.time_limit_s / 60:g} minutes, by itself, too."
+        facts = {"status": "failed", "reason": reason, "text": text, "state": self._state(study)}
         with suppress(OutputError):  # the summary will say so, if there is room for it
             work = self.ledger.work_folder(study, self.claims.token)
             self.ledger.publish(study, work, facts | self._identity())

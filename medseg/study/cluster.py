@@ -156,6 +156,13 @@ class Remote(Hand):
         self.take(task.study)
         self._submit(task.study, run_study, self._cluster.start, task)
 
+    def end(self) -> None:
+        """Hire the worker no more, and ask who watches over it to start another in its place."""
+        self._cluster.leave_out(self)
+        self._cluster.events.put((self, {"gone": "the worker does not answer"}))
+        restart = partial(self._cluster.client.restart_workers, [self.address], raise_for_error=False)
+        threading.Thread(target=_tried, args=(restart,), daemon=True).start()
+
     def close(self) -> None:
         """Take back what has not begun. What has will find its folder swept, and publish nothing."""
         self._cluster.let_go(self)
@@ -201,6 +208,12 @@ _WARM: dict[str, _Warm] = {}
 """The network of the batch with this token; one at a time."""
 
 _LOADING = threading.Lock()
+
+
+def _tried(action: Callable[[], object]) -> None:
+    """Do what may fail: a worker that nobody watches over, a cluster that is gone."""
+    with suppress(Exception):
+        action()
 
 
 def topic(start: Start) -> str:

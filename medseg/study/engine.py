@@ -26,6 +26,7 @@ class Hand(ABC):
         self.ready = self.alone = False
         self.in_flight: dict[str, tuple[str, float]] = {}
         self._computed: set[str] = set()
+        self._worked: dict[str, float] = {}
 
     @abstractmethod
     def send(self, task: Task) -> None:
@@ -35,6 +36,10 @@ class Hand(ABC):
     def close(self) -> None:
         """End it, at once if it has something in work."""
 
+    @abstractmethod
+    def end(self) -> None:
+        """End it where it may not answer any more; an event will say that it is gone."""
+
     @property
     def uncomputed(self) -> int:
         """Return how many studies it has whose labels are not there yet."""
@@ -43,12 +48,19 @@ class Hand(ABC):
     def take(self, study: str) -> None:
         """Note a study as in flight."""
         self._computed.discard(study)
+        self._worked[study] = 0.0
         self.in_flight[study] = ("wait", time.monotonic())
+
+    def worked_s(self, study: str) -> float:
+        """Return for how many seconds a study that it has has been worked on; waiting for its turn does not count."""
+        stage, since = self.in_flight[study]
+        return self._worked[study] + (0.0 if stage == "wait" else time.monotonic() - since)
 
     def note(self, message: dict[str, Any]) -> None:
         """Take in a message of its own, in the thread that looks at its fields."""
         self.ready = self.ready or "ready" in message
         if "stage" in message and message["study"] in self.in_flight:
+            self._worked[message["study"]] = self.worked_s(message["study"])
             self.in_flight[message["study"]] = (message["stage"], time.monotonic())
         elif "computed" in message:
             self._computed.add(message["computed"])

@@ -64,6 +64,10 @@ class Process(Hand):
         self.take(task.study)
         self._write({"study": asdict(task)})
 
+    def end(self) -> None:
+        """Kill the process; whoever listens to it will tell."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process, at once if it has something in work."""
         if self.in_flight or not self.ready:

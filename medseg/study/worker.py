@@ -235,6 +235,7 @@ class _Running:
         finally:
             _WARNINGS.pop(threading.get_ident(), None)
         self.seconds[name] = time.perf_counter() - began
+        send({"stage": "wait", "study": self.task.study})
 
     def close(self) -> None:
         """Let go of what the task holds: memory, and what an archive was unpacked to."""
