@@ -73,6 +73,12 @@ def test_folds_may_stand_in_the_list_of_training_cases(root):
         assert read_dataset(root).folds == 5
 
 
+def test_a_list_that_is_none_beside_the_field_dataset_is_no_list_of_folds(root):
+    rows = {f"case_{n}": {"images": [f"images/case_{n}.nii.gz"], "label": f"labels/case_{n}.nii.gz"} for n in range(4)}
+    add_fields(root, training=5, dataset=rows)
+    assert read_dataset(root).splits == ()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -310,9 +310,10 @@ def test_labels_are_named_by_a_dataset_a_plan_or_a_table(balls, plan, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(table))
     for file in (root / "dataset.json", tmp_path / "plan.json", tmp_path / "table.json"):
         assert read_meaning(file).labels == plan.labels
-    (tmp_path / "table.json").write_text("no table")
-    with pytest.raises(InputError, match="label table"):
-        read_meaning(tmp_path / "table.json")
+    for text, message in (("no table", "not valid JSON"), ("[5]", "label table")):
+        (tmp_path / "table.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_meaning(tmp_path / "table.json")
     with pytest.raises(InputError):
         read_meaning(tmp_path / "missing.json")
     assert math.isnan(evaluate_folder(root / "labels", root / "labels", ()).mean["dice"])

@@ -71,7 +71,9 @@ def _of_file(file: Path) -> tuple[Split, ...]:
 
 def _of_fields(root: Path, fields: Mapping[str, Any], labels: Mapping[str, Path]) -> tuple[Split, ...]:
     """Return the folds that the field "fold" of the cases in "training" makes; none unless every case has one."""
-    pairs = [pair for pair in fields.get("training", ()) if isinstance(pair, Mapping) and "label" in pair]
+    listed = fields.get("training")
+    rows = listed if isinstance(listed, list) else []
+    pairs = [pair for pair in rows if isinstance(pair, Mapping) and "label" in pair]
     told = {root / str(pair["label"]): pair["fold"] for pair in pairs if isinstance(pair.get("fold"), int)}
     fold_of = {name: told[file] for name, file in labels.items() if file in told}
     if not fold_of:
