@@ -67,8 +67,9 @@ def test_version(run):
     assert run("--version")[:2] == (0, f"medseg {medseg.__version__}\n")
 
 
-def test_no_arguments_show_the_help(run):
-    code, out, _ = run()
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
+def test_no_arguments_show_the_help(run, arguments):
+    code, out, _ = run(*arguments)
     assert "segment" in out
     assert "train" in out
     assert code in (0, 2)
