@@ -7,6 +7,7 @@ Source: https://teem.sourceforge.net/nrrd/format.html and https://itk.org/Wiki/I
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zlib
@@ -18,6 +19,7 @@ import numpy as np
 
 from medseg.errors import NotAVolume, OutputError, UnknownOrientation, UnreadableFile
 from medseg.io.files import assumed_grid, placed_grid, reading, written_whole
+from medseg.io.itk_data import check_size, data_files, text_header
 from medseg.volume import Grid, Volume
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ _ANATOMICAL = ("left-posterior-superior", "right-anterior-superior", "left-anter
 _MATRIX = ("transformmatrix", "rotation", "orientation")
 _OFFSET = ("offset", "position", "origin")
 _SCALING = ("elementtointensityfunctionslope", "elementtointensityfunctionoffset")
-_LONGEST_LINE = 2**16
 _CHUNK = 2**16
 
 
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike[str], *, assume_orientation: str | None = None)
 
     path = Path(path)
     with reading(path):
-        fields, start = _text_header(path)
+        fields, start = text_header(path, nrrd=_is_nrrd(path))
         reader = _reader(path, fields)
         grid = _grid(reader, fields, assume_orientation)
         if not _is_nrrd(path):
@@ -64,7 +65,7 @@ def read_grid(path: str | os.PathLike[str], *, assume_orientation: str | None = 
     """Return where the voxels of an NRRD or MetaImage file lie, from its header alone; raises as `read` does."""
     path = Path(path)
     with reading(path):
-        fields, _ = _text_header(path)
+        fields, _ = text_header(path, nrrd=_is_nrrd(path))
         return _grid(_reader(path, fields), fields, assume_orientation)
 
 
@@ -91,21 +92,6 @@ def write(volume: Volume, path: str | os.PathLike[str]) -> None:
             raise OutputError("The file could not be written. Check the space left on its disk.", path=path) from error
 
 
-def _text_header(path: Path) -> tuple[Mapping[str, str], int]:
-    """Return the fields of the header, their names in lower case, and where it ends in the file."""
-    fields: dict[str, str] = {}
-    with path.open("rb") as stream:
-        if _is_nrrd(path) and not stream.readline(_LONGEST_LINE).startswith(b"NRRD000"):
-            raise UnreadableFile("An NRRD header was expected and something else came. Check what the file really is.")
-        for line in iter(lambda: stream.readline(_LONGEST_LINE), b""):
-            name, _, value = line.decode("utf-8", "surrogateescape").partition(":" if _is_nrrd(path) else "=")
-            name = name.strip().lower()
-            fields[name] = value.strip()
-            if name in ("", "elementdatafile"):
-                break
-        return fields, stream.tell()
-
-
 def _reader(path: Path, fields: Mapping[str, str]) -> ImageFileReader:
     """Return a reader that has read the header of what is then known to be one 3-D scalar image."""
     import SimpleITK
@@ -113,6 +99,7 @@ def _reader(path: Path, fields: Mapping[str, str]) -> ImageFileReader:
     axes = fields.get("dimension" if _is_nrrd(path) else "ndims")
     if axes is None:
         raise UnreadableFile("The header gives no number of axes: it is damaged, or this is another kind of file.")
+    files = data_files(path, fields, nrrd=_is_nrrd(path))  # before ITK may open them
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(_image_io(path))
@@ -124,15 +111,31 @@ def _reader(path: Path, fields: Mapping[str, str]) -> ImageFileReader:
             raise UnreadableFile(
                 "The header is damaged, or of a kind that ITK does not read. Export it again."
             ) from error
-        scalar = reader.GetDimension() == 3 and reader.GetNumberOfComponents() == 1
+        scalar = reader.GetDimension() == 3 and reader.GetNumberOfComponents() == 1 and _bits(reader) > 0
     if not scalar:
         raise NotAVolume(
             "One 3-D image with one value in each voxel was expected; this file has other axes, or several values. "
             "Save the part to use as a 3-D image of its own."
         )
+    if _is_nrrd(path):
+        check_size(files, fields, _bytes(reader))
     if any(name in fields for name in _SCALING):
         raise NotAVolume("The header scales the voxels, which ITK ignores. Save the scaled values.", reason="scaling")
     return reader
+
+
+def _bits(reader: ImageFileReader) -> int:
+    """Return the bits of a voxel; 0 for voxels that are no single number."""
+    import SimpleITK
+
+    match = re.match(
+        r"(\d+)-bit (un)?(signed integer|float)", SimpleITK.GetPixelIDValueAsString(reader.GetPixelIDValue())
+    )
+    return int(match[1]) if match else 0
+
+
+def _bytes(reader: ImageFileReader) -> int:
+    return int(math.prod(reader.GetSize())) * _bits(reader) // 8
 
 
 def _kinds_of_axes(fields: Mapping[str, str]) -> set[str]:
@@ -167,15 +170,11 @@ def _stated(fields: Mapping[str, str]) -> tuple[bool, bool]:
 
 def _check_voxels(path: Path, fields: Mapping[str, str], start: int, reader: ImageFileReader) -> None:
     """Raise where a MetaImage lacks voxels: ITK would say so on the terminal only, or give zeros or noise for them."""
-    import SimpleITK
-
     name = fields.get("elementdatafile", "")
     if name in ("", "LIST") or {"%", "\0"} & set(name) or not _is_true(fields, "binarydata"):
         raise UnreadableFile("The voxels must be binary and in one file. Save the image as .mha anew.", reason="layout")
-    local = name.upper() == "LOCAL"
-    data = path if local else path.parent / name
-    bits = int(SimpleITK.GetPixelIDValueAsString(reader.GetPixelIDValue()).split("-")[0])
-    expected = int(np.prod(reader.GetSize(), dtype=object)) * bits // 8
+    (data,) = data_files(path, fields, nrrd=False)
+    local, expected = data == path, _bytes(reader)
     with data.open("rb") as stream:
         stream.seek(start if local else 0)
         found = rest = data.stat().st_size - stream.tell()
