@@ -204,3 +204,47 @@ def test_a_checksum_is_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert checksum(tmp_path / "file").startswith("ba7816bf8f01cfea")
     assert np.frombuffer(bytes.fromhex(checksum(tmp_path / "file")), np.uint8).size == 32
+
+
+SCALAR = b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x0b\0\0\0V2147483647tRtR"
+BYTEARRAY = b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR"
+COPY = b"c_codecs\nencode\n(h\x01X\x06\0\0\0latin1tR"
+LONG_TEXT = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20 + b"q\x01"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"\x80\x02J\x01.", "damaged"),
+        (b"\x80\x02J\0\0\0\0Q.", "damaged|refused"),
+        (b"\x80\x02X\xff\xff\xff\xff.", "damaged"),
+        (b"\x80\x02" + b"]" * 10**5 + b"a" * 10**5 + b".", "damaged|refused|no weights|fit together"),
+        (b"\x80\x02](" + SCALAR * 100 + b"e.", "damaged"),
+        (b"\x80\x02](" + BYTEARRAY * 100 + b"e.", "far more than its size"),
+        (b"\x80\x02](" + LONG_TEXT + COPY * 300 + b"e.", "far more than its size"),
+        (b"", "damaged"),
+        (b".", "damaged|refused"),
+    ],
+)
+def test_checkpoints_of_a_few_bytes(tmp_path, body, text):
+    source = files.write_model(tmp_path / "source")
+    with zipfile.ZipFile(source / "fold_0" / "checkpoint_final.pth", "w") as archive:
+        for name, raw in (("data.pkl", body), ("byteorder", b"little"), ("data/0", bytes(64)), ("version", b"3\n")):
+            archive.writestr(f"a/{name}", raw)
+    with pytest.raises(ModelError, match=text):
+        import_model(source, tmp_path / "model")
+
+
+def test_a_damaged_lzma_member_and_a_name_that_is_not_utf_8(tmp_path):
+    with zipfile.ZipFile(tmp_path / "l.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("plans.json", bytes(500))
+    raw = bytearray((tmp_path / "l.zip").read_bytes())
+    raw[44:49] = b"\xff" * 5  # the properties of the decoder, behind a name of ten letters
+    (tmp_path / "l.zip").write_bytes(raw)
+    with zipfile.ZipFile(tmp_path / "u.zip", "w") as archive:
+        archive.writestr("\u00e9", b"1")
+    (tmp_path / "u.zip").write_bytes((tmp_path / "u.zip").read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    os.mkfifo(tmp_path / "pipe.zip")
+    for name, text in (("l.zip", "damaged"), ("u.zip", "damaged"), ("pipe.zip", "neither")):
+        with pytest.raises(ModelError, match=text):
+            import_model(tmp_path / name, tmp_path / "model")

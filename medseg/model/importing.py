@@ -79,7 +79,7 @@ def _opened(source: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
-    if not zipfile.is_zipfile(source):
+    if not source.is_file() or not zipfile.is_zipfile(source):
         raise ModelError("A model is imported from a folder or a zip archive; this is neither.", path=source)
     with unpacked(source, _wanted) as folder:
         yield folder

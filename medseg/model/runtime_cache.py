@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,12 +47,21 @@ def read(name: str) -> bytes | None:
     if not file.is_absolute():
         return None
     try:
+        if not (_is_own(file.parent) and _is_own(file)):
+            return None
         with file.open("rb") as stored:
             checksum, content = stored.read(CHECKSUM_BYTES), stored.read()
         os.utime(file)
     except OSError:
         return None
     return content if hashlib.sha256(content).digest() == checksum else None
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether nobody else can have written a path: it belongs to this user, and only they may write to it."""
+    state = path.stat()
+    own = not hasattr(os, "getuid") or state.st_uid == os.getuid()
+    return own and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def write(name: str, content: bytes) -> None:
@@ -61,6 +71,8 @@ def write(name: str, content: bytes) -> None:
         return
     with suppress(OSError, OutputError):
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_own(where):
+            return
         with written_whole(where / name) as beside:
             beside.write_bytes(hashlib.sha256(content).digest() + content)
         by_age = sorted(where.iterdir(), key=lambda file: file.stat().st_mtime)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import pickle
+import pickletools
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from medseg.errors import ModelError
+from medseg.io.files import check_regular
 
 MOST_MEMBERS = 100_000
 """Files that an archive may hold."""
@@ -29,7 +33,16 @@ MOST_SHRINKAGE = 20
 SMALL_BYTES = 2**20
 """Files up to this size may have shrunk by any factor, as long as all of them together have not."""
 
+MOST_COPIED_BYTES = 2**28
+"""What copies of the longest text in a pickle may come to: one for each call in it."""
+
+BLANK = ("builtins bytearray", "__builtin__ bytearray")
+"""What makes as many zeros as a number says."""
+
+NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")
+
 DAMAGE: tuple[type[Exception], ...] = (
+    AssertionError,
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -39,6 +52,9 @@ DAMAGE: tuple[type[Exception], ...] = (
     RuntimeError,
     TypeError,
     ValueError,
+    lzma.LZMAError,
+    pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -52,7 +68,9 @@ def read_checkpoint(file: Path) -> Any:
     before 1.6, or that asks for anything beyond that: such a file could run code where it is simply unpickled.
     """
     try:
+        check_regular(file)
         with zipfile.ZipFile(file) as archive:
+            _check_pickles(archive, file)
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ModelError(
                     "The checkpoint is compressed, which PyTorch never does; it is not read.",
@@ -70,6 +88,22 @@ def read_checkpoint(file: Path) -> Any:
         ) from error
     except DAMAGE as error:
         raise ModelError("The checkpoint is damaged, or is not one of PyTorch 1.6 or later.", path=file) from error
+
+
+def _check_pickles(archive: zipfile.ZipFile, file: Path) -> None:
+    """Raise ModelError for a pickle that could fill memory from a few bytes: blank bytes, or copies of a long text."""
+    for member in archive.infolist():
+        if not member.filename.endswith(".pkl") or member.compress_type != zipfile.ZIP_STORED:
+            continue
+        longest, calls = 0, 0
+        for operation, argument, _ in pickletools.genops(archive.read(member)):
+            blank = operation.name == "GLOBAL" and argument in BLANK
+            calls += operation.name in ("REDUCE", "NEWOBJ", "BUILD")
+            longest = max(longest, len(argument) if isinstance(argument, str | bytes) else 0)
+            if blank or calls * longest > MOST_COPIED_BYTES:
+                raise ModelError(
+                    "The checkpoint would unpack to far more than its size. It is refused.", path=file, reason="unsafe"
+                )
 
 
 def weights_in(state: Any, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
@@ -159,12 +193,19 @@ def _extract(source: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> 
         shutil.copyfileobj(packed, plain, 2**20)
 
 
+def _number_type(kind: Any, *_rest: Any) -> Any:
+    """Return a type of single numbers. Raises TypeError for others: one of a few letters can take gigabytes."""
+    if kind not in NUMBERS:
+        raise TypeError
+    return np.dtype(kind, copy=True)
+
+
 def _numpy_scalars() -> list[Any]:
     """Return what numpy's numbers are pickled as; nnU-Net keeps scores in its checkpoints."""
     scalar = np.float64(0).__reduce__()[0]
-    kinds = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")]
+    kinds = [type(np.dtype(kind)) for kind in NUMBERS]
     return [
         *((scalar, f"{home}.multiarray.scalar") for home in ("numpy.core", "numpy._core")),
-        np.dtype,
+        (_number_type, "numpy.dtype"),
         *kinds,
     ]
