@@ -121,7 +121,7 @@ def read_nnunet(
         )
     except ValidationError as error:
         raise ModelError(f"The plans of the model are not supported: {first_problem(error)}.", path=folder) from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(
             "The files of the model do not fit together, or are not those of nnU-Net v2.", path=folder
         ) from error
