@@ -13,6 +13,9 @@ from medseg.io.text import read_json
 from medseg.labels import Label, make_labels
 from medseg.model.plan import Plan, Region
 
+MOST_DIGITS = 9
+"""Of the value of a label: medseg stores values in 32 bits."""
+
 IGNORE = "ignore"
 """What a dataset calls the value of voxels that nobody looked at, as in nnU-Net."""
 
@@ -138,7 +141,11 @@ def _numbers(labels: object, path: Path) -> dict[str, tuple[int, ...]]:
     for key, content in rows:
         name, given = (content, key) if value_first and isinstance(content, str) else (key, content)
         values = given if isinstance(given, list) else [given]
-        if not values or not all(str(one).isdecimal() for one in values) or name in numbers:
+        if (
+            not values
+            or not all(str(one).isdecimal() and len(str(one)) <= MOST_DIGITS for one in values)
+            or name in numbers
+        ):
             raise DatasetError(
                 f"The label {name!r} needs one whole number from 0, or a list of them for a region, and a name of its "
                 "own.",
