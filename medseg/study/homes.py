@@ -30,4 +30,4 @@ def _homes(path: Path, around: dict[Path, dict[int, set[Path]]]) -> list[int]:
     direct = [place for place, inner in near.items() if folder in inner]
     if direct and folder == path.parent:
         return direct
-    return [place for place, inner in near.items() if len(near) == 1 or len(inner) > 1 or place in direct]
+    return [place for place, inner in near.items() if len(near) == 1 or len(inner - {folder}) > 1]
