@@ -223,3 +223,21 @@ class TestClaims:
     def test_a_folder_that_is_gone(self, tmp_path):
         with pytest.raises(OutputError, match="cannot be claimed"):
             Claims(tmp_path / "nowhere").claim("a")
+
+
+@pytest.mark.parametrize("what", ["mode", "owner", "link"])
+def test_a_private_folder_that_others_may_look_into_is_refused(tmp_path, what):
+    private = tmp_path / "out" / "private"
+    Ledger.open(tmp_path / "out")
+    assert Ledger.open(tmp_path / "out").private == private
+    if what == "mode":
+        private.chmod(0o750)
+    elif what == "link":
+        private.rename(tmp_path / "elsewhere")
+        private.symlink_to(tmp_path / "elsewhere")
+    elif os.geteuid() == 0:
+        os.chown(private, 12345, -1)
+    else:
+        pytest.skip("only root can give a folder away")
+    with pytest.raises(OutputError, match="Make it yours alone"):
+        Ledger.open(tmp_path / "out")

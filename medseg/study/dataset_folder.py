@@ -16,7 +16,7 @@ from medseg.io import save
 from medseg.io.files import written_whole
 from medseg.io.text import read_json
 from medseg.study.cohort import Entry
-from medseg.study.ledger import Ledger, add_rows, key_in, state
+from medseg.study.ledger import Ledger, add_rows, key_in, own_folder, state
 from medseg.study.rules import DatasetRules
 from medseg.volume import Volume
 
@@ -60,7 +60,7 @@ class DatasetFolder:
         try:
             for part in (folder / "images", folder / "labels"):
                 part.mkdir(parents=True, exist_ok=True)
-            private.mkdir(mode=0o700, exist_ok=True)
+            own_folder(private)
             (private / "cases").mkdir(exist_ok=True)
             opened = cls(folder, private, key_in(private / "key"), rules)
             for record in opened.records():

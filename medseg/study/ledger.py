@@ -20,12 +20,14 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -91,7 +93,7 @@ class Ledger:
         try:
             for part in (folder, folder / ".claims", folder / ".work"):
                 part.mkdir(parents=True, exist_ok=True)
-            private.mkdir(mode=0o700, exist_ok=True)
+            own_folder(private)
             return cls(folder, key_in(private / "key"), deidentify)
         except OSError as error:
             raise OutputError(
@@ -240,8 +242,8 @@ def state(files: Sequence[tuple[str, Path]]) -> str:
     digest = hashlib.sha256()
     for name, path in sorted(files):
         try:
-            stat = path.stat()
-            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            found = path.stat()
+            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
         except OSError as error:
             digest.update(f"{name} {error.errno}\n".encode())
     return digest.hexdigest()
@@ -260,6 +262,25 @@ def sha256(*paths: Path) -> str:
 def _private(out: Path, *, deidentify: bool) -> Path:
     whole = out.resolve()  # "." has no name
     return whole.with_name(f"{whole.name}.private") if deidentify else out / "private"
+
+
+def own_folder(folder: Path) -> None:
+    """Make a folder that only its owner may look into. Raises OutputError where one is there that others may, OSError.
+
+    A disk that keeps no permissions shows others for new folders, too, and cannot do better.
+    """
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        found = folder.lstat()
+        with TemporaryDirectory(dir=folder) as fresh:
+            usual = Path(fresh).stat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != usual.st_uid or found.st_mode & ~usual.st_mode & 0o077:
+            raise OutputError(
+                "The private folder of these outputs is a link, belongs to somebody else, or may be looked into by "
+                "others. Make it yours alone (chmod 700), or give another output folder.",
+                path=folder,
+            ) from None
 
 
 def key_in(path: Path) -> bytes:
