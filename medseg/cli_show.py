@@ -238,7 +238,7 @@ def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
         ends = (row.get("dice_low"), row.get("dice_high"))
         interval = "" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
         rows.append({"label": name, "dice": row["dice"], "95 %_interval": interval, **{key: row[key] for key in SHOWN}})
-        rows[-1] |= {"cases": row.get("cases", ""), "missed": row["missed"], "invented": row["invented"]}
+        rows[-1] |= {"cases": str(row.get("cases", "")), "missed": row["missed"]}
     print_table(f"{title}: {count(len(scores.cases), 'case')}", rows)
 
 

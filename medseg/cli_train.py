@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +52,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
         typer.Option(help="Which part of the cases is kept aside for validation, from 0; all: one after the other."),
     ] = "0",
     folds: Annotated[
-        int | None, typer.Option(help="How many parts there are; by default as train.json says, or 5.", min=2)
+        int | None, typer.Option(help="How many parts there are; by default as train.json says, or 5.")
     ] = None,
     start: Start = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")] = False,
@@ -66,7 +68,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
 
     if fold != "all" and not fold.isdecimal():
         raise UsageError(f"A fold is a number from 0, or all; not {fold!r}.")
-    with progress() as show:
+    with progress() as show, _told_of_interrupts():
 
         def report(now: TrainProgress) -> None:
             detail = ""
@@ -89,12 +91,32 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
         )
     if not scores.cases:
         return  # of several processes the first one has scores, and shows them
+    _say_how_large(model / "cache")
     show_scores(scores, f"{'All folds' if fold == 'all' else f'Fold {fold}'}, validation cases", as_json=as_json)
     if fold == "all" and not as_json:
         tried = read_json(model / "scores.json", "The file of scores", ModelError)["postprocessing"]
         rows = [row | {"largest_piece_of": ", ".join(row["largest_piece_of"])} for row in tried]
         print_table("Largest piece alone, tried on all folds", rows)
     show_failed(scores)
+
+
+@contextmanager
+def _told_of_interrupts() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("Interrupted: the same command goes on where this one was.")
+        raise
+
+
+def _say_how_large(cache: Path) -> None:
+    """Say what prepared cases take of the disk: those that no plan needs any more stay until somebody deletes them."""
+    size = sum(file.stat().st_size for file in cache.glob("*")) if cache.is_dir() else 0
+    err.print(
+        f"{size / 1e6:.1f} MB of prepared cases are kept in the folder cache of the model, those of earlier plans and "
+        "files too. Delete that folder when no training needs it; cases are then prepared anew.",
+        markup=False,
+    )
 
 
 def evaluate(

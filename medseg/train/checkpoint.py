@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from medseg.errors import ModelError
 from medseg.io.files import written_whole
 from medseg.model.weights import load_state, state_of
+from medseg.train.recipe import WAY_ON, differences
 
 FINISH, INTERRUPT = 1.0, 2.0
 
@@ -62,9 +63,7 @@ class TrainState:
             ) from error
         if numbers["recipe"] != recipe:
             raise ModelError(
-                "The checkpoint was made with another plan, dataset, budget, settings or model to begin with "
-                "than these. Use those again, train into another folder, or delete the checkpoint to begin this fold "
-                "anew.",
+                f"The training that was stopped is another one: {differences(numbers['recipe'], recipe)}. {WAY_ON}",
                 path=path,
                 reason="checkpoint",
             )

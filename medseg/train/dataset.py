@@ -91,7 +91,8 @@ class Dataset:
         if not 0 <= fold < folds <= len(groups) or folds < 2:
             raise DatasetError(
                 f"Fold {fold} of {folds} cannot be made from {len(groups)} cases or groups of them: folds count from "
-                "0, and each needs one to validate on. Give fewer folds, or another one."
+                "0, and each needs one to validate on. At least two cases (or groups) are needed, and two folds: give "
+                "more cases, or fewer folds."
             )
         order = np.arange(len(groups))
         np.random.RandomState(FOLD_SEED).shuffle(order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
@@ -28,6 +29,7 @@ from medseg.train.optimize import new_state, optimize
 from medseg.train.parallel import side_by_side
 from medseg.train.planner import make_plan, mirror_axes
 from medseg.train.ranks import joined
+from medseg.train.recipe import WAY_ON, differences
 from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -269,9 +271,13 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
         file = where / name
         if not file.is_file():
             content.save(file)
-        elif _compared(type(content).load(file)) != _compared(content):
+            continue
+        kept = type(content).load(file)
+        if _compared(kept) != _compared(content):
+            apart = differences(_compared(kept).model_dump_json(), _compared(content).model_dump_json())
             raise ModelError(
-                f"The folder holds a model with another {name}. Train into another folder, or delete this one.",
+                f"The folder holds a model with another {name}: {apart}. "
+                "Train into another folder, or delete this file.",
                 path=file,
             )
 
@@ -279,9 +285,7 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
 def _check_trained_so(weights: Path, recipe: str) -> None:
     if weights.is_file() and recipe_in(weights) != recipe:
         raise ModelError(
-            "This fold was trained before, with another plan, dataset, budget, settings or model to begin with: some "
-            "of what it would be validated on may have been trained on. Use those again, train into another folder, or "
-            "delete the weights to train the fold anew.",
+            f"This fold was trained before, otherwise: {differences(recipe_in(weights), recipe)}. {WAY_ON}",
             path=weights,
             reason="trained",
         )
@@ -300,23 +304,24 @@ def recipe_of(
     cache: Path,
     start: str | PathLike[str] | None = None,
 ) -> str:
-    """Return a hash of all that weights depend on: what is in the files of the training cases, and the first weights.
+    """Return all that weights depend on as JSON, cases and first weights as hashes of what is in their files.
 
     Raises ModelError where the model `start` has no weights.
     """
     _make_folder(cache)
     hashes = FileHashes(cache / "files.json")
     content = side_by_side(partial(_content, hashes=hashes), cases)
-    begun = () if start is None else (hashes.of(first_weights(find_model(start))),)
-    parts = (
-        _compared(plan).model_dump_json(),
-        settings.model_dump_json(),
-        budget.model_dump_json(),
-        *(f"{case.name} {sorted(case.undrawn)} {case.ignore} {files}" for case, files in content),
-        *begun,
-    )
+    begun = None if start is None else hashes.of(first_weights(find_model(start)))
+    facts = [f"{case.name} {sorted(case.undrawn)} {case.ignore} {files}" for case, files in content]
     hashes.save()
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return json.dumps({
+        "plan.json": _compared(plan).model_dump(mode="json"),
+        "train.json": settings.model_dump(mode="json"),
+        "budget": {name: value for name, value in budget.model_dump().items() if value is not None},
+        "training cases": len(facts),
+        "SHA-256 of the training cases": hashlib.sha256("\n".join(facts).encode()).hexdigest(),
+        "SHA-256 of the first weights": begun,
+    })  # fmt: skip
 
 
 def _content(case: Case, hashes: FileHashes) -> list[str]:
