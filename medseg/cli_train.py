@@ -12,7 +12,6 @@ import typer
 from medseg.cli_options import AsJson, Device, Start
 from medseg.cli_show import EXIT_FAILED, clock, err, print_json, print_table, progress, show_scores
 from medseg.errors import ModelError, UsageError
-from medseg.io.text import read_json
 
 if TYPE_CHECKING:
     from medseg.report.metrics import Scores
@@ -94,6 +93,8 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     _say_how_large(model / "cache")
     show_scores(scores, f"{'All folds' if fold == 'all' else f'Fold {fold}'}, validation cases", as_json=as_json)
     if fold == "all" and not as_json:
+        from medseg.io.text import read_json
+
         tried = read_json(model / "scores.json", "The file of scores", ModelError)["postprocessing"]
         rows = [row | {"largest_piece_of": ", ".join(row["largest_piece_of"])} for row in tried]
         print_table("Largest piece alone, tried on all folds", rows)
