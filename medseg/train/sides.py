@@ -1,6 +1,6 @@
 """Whether labels tell left from right: then no patch may be mirrored, as a left kidney would be taught as a right one.
 
-Both what labels are called and where they lie speaks for it, and one is enough: without mirroring little is lost.
+What labels are called or where they lie speaks for it, and one is enough: a side that is taught wrong costs far more.
 """
 
 from __future__ import annotations
