@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ LINE_S = 60.0
 SHORT, LEAST = 24, 12
 """Characters of cells that stay in one piece, and that a column of longer ones needs to fold into."""
 
-SHOWN = ("surface_dice", "hd95_mm", "volume_difference_ml")
+SHOWN = {"surface_dice": "surface_dice", "hd95_mm": "hd95_mm", "volume_error_ml": "volume_difference_ml"}
 """Scores that fit beside Dice into 80 columns; JSON and CSV have all of them."""
 
 out = Console()
@@ -151,17 +151,26 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     }
     heads = {key: key.split("_") for key in cells}
     widths = {key: max(map(cell_len, (*heads[key], *lines))) for key, lines in cells.items()}
-    short = {key for key, width in widths.items() if width <= SHORT}
-    needed = sum(widths[key] for key in short) + LEAST * (len(widths) - len(short)) + 2 * len(widths)
+    numeric = {key for key in cells if all(isinstance(row.get(key), int | float | None) for row in rows)}
+    short = _in_one_piece(widths, numeric)
     for key in cells:
-        whole = key in short and needed <= out.width
-        numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+        whole, numbers = key in short, key in numeric
         head = ("\n" if whole else " ").join(heads[key])
         table.add_column(head, overflow="fold", no_wrap=whole, justify="right" if numbers else "left")
     for line in zip(*cells.values(), strict=True):
         table.add_row(*line)
     out.print(Text(title, "table.title"), soft_wrap=True)  # brackets of a path are no markup
     out.print(table, markup=False)
+
+
+def _in_one_piece(widths: dict[str, int], numeric: Collection[str]) -> set[str]:
+    """Return the columns whose cells need not fold; of short texts the longest fold first where all do not fit."""
+    short = {key for key, width in widths.items() if width <= SHORT}
+    for key in sorted(short - set(numeric), key=widths.__getitem__, reverse=True):
+        if sum(widths[one] if one in short else LEAST for one in widths) + 2 * len(widths) <= out.width:
+            break
+        short.discard(key)
+    return short
 
 
 def print_series(facts: dict[str, Any]) -> None:
@@ -236,8 +245,9 @@ def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
     rows = []
     for name, row in [*((row["name"], row) for row in content["labels"]), ("mean", content["mean"])]:
         ends = (row.get("dice_low"), row.get("dice_high"))
-        interval = "" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
-        rows.append({"label": name, "dice": row["dice"], "95 %_interval": interval, **{key: row[key] for key in SHOWN}})
+        interval = "" if None in ends else f"{ends[0]:.3f}–{ends[1]:.3f}"
+        rows.append({"label": name, "dice": row["dice"], "95 %_interval": interval})
+        rows[-1] |= {head: row[key] for head, key in SHOWN.items()}
         rows[-1] |= {"cases": str(row.get("cases", "")), "missed": row["missed"]}
     print_table(f"{title}: {count(len(scores.cases), 'case')}", rows)
 

@@ -44,10 +44,11 @@ def test_scores_of_many_metrics_hold_at_80_columns(shown):
     cli_show.show_scores(Scores(tuple(cases)), "Fold 0, validation cases", as_json=False)
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    (row,) = [line for line in lines if "left lateral ventricle" in line]
+    (row,) = [line for line in lines if "left lateral" in line]
     assert "142.995" in row
     assert row.count("0.9") >= 4  # Dice, both ends of its interval, surface Dice: in one line each
-    assert " to " in row
+    assert "–" in row
+    assert any(line.split()[:1] == ["ventricle"] for line in lines)
     assert sum("hippocampus" in line for line in lines) == 1
 
 
