@@ -1,8 +1,9 @@
-"""nnU-Net v2 plans, trains and validates on a dataset folder, as its users do it on a machine without a GPU.
+"""nnU-Net v2 plans, trains and validates on a dataset folder, as its users do it.
 
-Needs nnU-Net's own environment. `prepare DATASET WORK PATCH` converts, plans and prepares (batch 2; PATCH such as
-64,64,48, or `own`); `train WORK FOLD ITERATIONS` trains, 250 iterations an epoch; `validate WORK FOLD OUT [mirror]`
-writes the labels of the cases that the fold kept aside.
+Needs nnU-Net's own environment. PEER_DEVICE says where it computes: cpu, unless it is cuda, where the batch is its own.
+`prepare DATASET WORK PATCH` converts, plans and prepares (on a CPU batch 2; PATCH such as 64,64,48, or `own`);
+`train WORK FOLD ITERATIONS` trains, 250 iterations an epoch; `validate WORK FOLD OUT [mirror]` writes the labels of the
+cases that the fold kept aside.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PLANS, CONFIGURATION = "nnUNetPlans", "3d_fullres"
+DEVICE = os.environ.get("PEER_DEVICE", "cpu")
 
 
 def _locate(work: Path) -> None:
@@ -56,7 +58,8 @@ def prepare(source: Path, work: Path, patch: str) -> None:
     file = work / "preprocessed" / "Dataset001_Peer" / f"{PLANS}.json"
     plans = json.loads(file.read_text(encoding="utf-8"))
     configuration = plans["configurations"][CONFIGURATION]
-    configuration["batch_size"] = 2
+    if DEVICE == "cpu":
+        configuration["batch_size"] = 2
     if patch != "own":
         _set_patch(configuration, [int(edge) for edge in patch.split(",")])
     file.write_text(json.dumps(plans), encoding="utf-8")
@@ -87,7 +90,7 @@ def _trainer(fold: int) -> Any:
     import torch  # noqa: PLC0415
     from nnunetv2.run.run_training import get_trainer_from_args  # noqa: PLC0415
 
-    return get_trainer_from_args("1", CONFIGURATION, fold, "nnUNetTrainer", PLANS, device=torch.device("cpu"))
+    return get_trainer_from_args("1", CONFIGURATION, fold, "nnUNetTrainer", PLANS, device=torch.device(DEVICE))
 
 
 def train(work: Path, fold: int, iterations: int) -> None:
@@ -128,7 +131,7 @@ def validate(work: Path, fold: int, out: Path, *, mirror: bool) -> None:
 
     splits = json.loads((work / "preprocessed/Dataset001_Peer/splits_final.json").read_text(encoding="utf-8"))
     images = work / "raw" / "Dataset001_Peer" / "imagesTr"
-    predictor = nnUNetPredictor(use_mirroring=mirror, device=torch.device("cpu"), allow_tqdm=False)
+    predictor = nnUNetPredictor(use_mirroring=mirror, device=torch.device(DEVICE), allow_tqdm=False)
     folder = work / "results" / "Dataset001_Peer" / f"nnUNetTrainer__{PLANS}__{CONFIGURATION}"
     predictor.initialize_from_trained_model_folder(str(folder), (fold,), "checkpoint_final.pth")
     out.mkdir(parents=True, exist_ok=True)

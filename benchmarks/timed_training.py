@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from medseg.model.segmenter import pick_device
 from medseg.train.cache import prepare_cases
-from medseg.train.feed import batches
+from medseg.train.feed import batches, resident
 from medseg.train.loop import plan_dataset, train_model
 from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
@@ -32,7 +33,9 @@ def main() -> None:
     cases, plan = plan_dataset(dataset, folder)
     train_model(cases, plan, folder, budget=f"{steps}steps", settings=settings, progress=note)
     training, _ = cases.fold(0, settings.folds)
-    sampler = Sampler(prepare_cases(training, plan, folder / "cache"), plan, settings.seed, settings.foreground)
+    device = pick_device(None)
+    prepared = resident(prepare_cases(training, plan, folder / "cache"), device)
+    sampler = Sampler(prepared, plan, settings.seed, settings.foreground, device)
     began = time.perf_counter()
     for _ in itertools.islice(batches(sampler, range(settings.batch), 0), steps):
         pass

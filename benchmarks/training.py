@@ -150,7 +150,8 @@ def nnunet_run(bench: Bench, run: Run) -> dict[str, Any]:
 
 def run_measured(command: list[str], log: Path) -> Measurement:
     """Return the measurement of a command; leave with its log's name where it fails."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     measured = measure(command, log, LIMIT_GB, HERE, environment, INTERVAL_S)
     if measured.status != "done":
         raise SystemExit(f"{measured.status}: see {log}")

@@ -69,7 +69,8 @@ def as_nnunet(dataset: Path, folder: Path, plans: Path) -> None:
     patch = tuple(reversed(configuration["patch_size"]))
     plan = Plan.model_validate(plan.model_dump() | {"patch": patch, "network": network.model_dump()})
     plan.save(folder / "plan.json")
-    settings = TrainSettings(optimizer="sgd", schedule="poly", weight_decay=3e-5, foreground=1 / 3)
+    batch = configuration["batch_size"]
+    settings = TrainSettings(batch=batch, optimizer="sgd", schedule="poly", weight_decay=3e-5, foreground=1 / 3)
     settings.save(folder / "train.json")
 
 

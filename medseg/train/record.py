@@ -58,7 +58,7 @@ class Recorded:
         self._batch = Batch(*(None if part is None else part.clone() for part in batch))  # type: ignore[arg-type]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._loss = self._step(self._batch)
         except RuntimeError as error:
             warnings.warn(f"The steps cannot be recorded ({error}); they take longer one by one.", stacklevel=2)

@@ -44,7 +44,7 @@ def _optimizer(network: nn.Module, settings: TrainSettings, *, fused: bool) -> O
         return torch.optim.SGD(
             weights, rate, momentum, weight_decay=decay, nesterov=nesterov, foreach=not fused, fused=fused
         )
-    return torch.optim.AdamW(weights, rate, weight_decay=decay, foreach=not fused, fused=fused)
+    return torch.optim.AdamW(weights, rate, weight_decay=decay, foreach=not fused, fused=fused, capturable=fused)
 
 
 def set_rates(optimizer: Optimizer, settings: TrainSettings, done: float) -> None:
