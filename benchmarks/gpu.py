@@ -72,7 +72,7 @@ class Busy:
 
 def tests(_: argparse.Namespace) -> dict[str, Any]:
     """Run the tests marked `gpu`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "8", "-m", "gpu", "-p", "no:cacheprovider"]
     if re.search(r"pytest.benchmark", _packages()):
         command += ["-p", "no:benchmark"]  # it warns beside xdist, and warnings are errors
     done = subprocess.run(
@@ -179,7 +179,9 @@ def dice(chosen: argparse.Namespace) -> dict[str, Any]:
         measured = run_measured([*command, "--budget", budget], folder / "log.txt")
         rows = list(csv.DictReader((folder / "fold_0.history.csv").open(encoding="utf-8")))
         scores = json.loads((folder / "fold_0.scores.json").read_text(encoding="utf-8"))
-        found[budget] = {"steps": rows[-1]["step"], "scores": scores} | asdict(measured)
+        labels = {label["name"]: label["dice"] for label in scores["labels"]}
+        found[budget] = {"steps": rows[-1]["step"], "mean_dice": scores["mean"]["dice"], "labels": labels}
+        found[budget] |= {"cases": scores["labels"][0]["cases"]} | asdict(measured)
     return found
 
 
