@@ -527,7 +527,7 @@ def test_a_budget_that_is_none_is_refused(text):
 
 
 def test_settings_are_checked(tmp_path):
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="is missing"):
         TrainSettings.load(tmp_path / "train.json")
     (tmp_path / "train.json").write_text('{"batch": 0}')
     with pytest.raises(ModelError, match="batch: Input should be greater than or equal to 1"):
