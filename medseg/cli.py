@@ -32,8 +32,6 @@ from medseg.cli_show import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     batch_table,
-    err,
-    out,
     plain,
     print_error,
     print_json,
@@ -45,10 +43,12 @@ from medseg.cli_show import (
     show_segmented,
     tiles,
 )
+from medseg.cli_terminal import Verbs, err, out
 from medseg.cli_train import evaluate, plan, train
 from medseg.errors import MedsegError, UsageError
 
 app = typer.Typer(
+    cls=Verbs,
     help="Segment CT and MRI volumes, train the networks that do it, and keep the geometry exact.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,9 +59,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; an expected error becomes one line and an exit code, never a traceback."""
-    warnings.showwarning = lambda message, *_args, **_kwargs: err.print(
-        f"warning: {message}", markup=False, style="yellow"
-    )
+    warnings.showwarning = lambda message, *_args, **_kwargs: err.print(f"warning: {message}", style="yellow")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the work
             stream.reconfigure(errors="backslashreplace")
@@ -82,7 +80,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"medseg {medseg.__version__}", highlight=False)
+        out.print(f"medseg {medseg.__version__}")
         raise typer.Exit
 
 
@@ -121,7 +119,7 @@ def info(
     else:
         for name, value in facts.items():
             shown = "NaN or infinite" if value is None else plain(value)
-            out.print(f"{name:>14}  {shown}", markup=False, highlight=False)
+            out.print(f"{name:>14}  {shown}")
 
 
 @app.command()
@@ -146,7 +144,7 @@ def convert(
     if written != [target]:
         names = ", ".join(file.name for file in written)
         told = f"The labels overlap and became one mask each: {names}." if written else "No label is set: no file."
-        out.print(told, markup=False, highlight=False, soft_wrap=True)
+        out.print(told, soft_wrap=True)
 
 
 @app.command()
@@ -239,12 +237,12 @@ def check(
             }
         )
     else:
-        out.print(f"{chosen.name}: the pipeline can run", markup=False, highlight=False)
+        out.print(f"{chosen.name}: the pipeline can run")
         for one in explained:
             rows = [{"channel": row["channel"], "series": row["series"], "": row["reason"]} for row in one["choices"]]
             print_table(f"Study {one['study']}", rows)
             if one["refusal"]:
-                out.print(one["refusal"]["text"], markup=False, highlight=False)
+                out.print(one["refusal"]["text"])
     if any(one["refusal"] for one in explained):
         raise typer.Exit(EXIT_FAILED)
 
@@ -315,11 +313,9 @@ def demo(
     """Segment both hippocampi of the ICBM152 brain, an average of 152 people, and draw them."""
     from medseg.demo import run_demo
 
-    measurements = run_demo(folder, progress=lambda text: err.print(text, highlight=False))
+    measurements = run_demo(folder, progress=err.print)
     print_measurements("Hippocampi of the ICBM152 template", measurements)
-    out.print(
-        f"Look at {folder / 'overlay.png'}; the labels are {folder / 'labels.nii.gz'}.", highlight=False, soft_wrap=True
-    )
+    out.print(f"Look at {folder / 'overlay.png'}; the labels are {folder / 'labels.nii.gz'}.", soft_wrap=True)
 
 
 def _channels(text: str) -> tuple[Path, ...]:

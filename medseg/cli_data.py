@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from medseg.cli_options import AsJson
-from medseg.cli_show import EXIT_FAILED, err, out, print_json, print_measurements, print_table, progress
+from medseg.cli_show import EXIT_FAILED, print_json, print_measurements, print_table, progress
+from medseg.cli_terminal import err, out
 
 
 def dataset(
@@ -36,7 +37,7 @@ def dataset(
         print_table(f"{sum(one.status == 'taken' for one in outcomes)} of {len(outcomes)} studies are cases", rows)
         for one in outcomes:
             for told in (*([one.text] if one.text else []), *one.warnings):
-                out.print(f"{one.case}: {told}", markup=False, highlight=False)
+                out.print(f"{one.case}: {told}")
         if left := untaken(outcomes):
             print_table("Structures that no rule took", [{"structure": name, "times": times} for name, times in left])
     if any(one.status == "failed" for one in outcomes):
@@ -60,4 +61,4 @@ def report(
     rows = write_report(image, labels, target, table=names)
     print_measurements(str(target), rows)
     if not any(row.voxels for row in rows):
-        err.print("No label is set.", highlight=False)
+        err.print("No label is set.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medseg.cli_show import out
+from medseg.cli_terminal import out
 from medseg.errors import UsageError
 
 
@@ -37,7 +37,7 @@ def import_(
         checkpoint=checkpoint,
     )
     counts = f"{len(plan.channels)} channel(s), {len(plan.labels)} label(s), orientation {plan.orientation}"
-    out.print(f"{plan.name}: {counts}", markup=False, highlight=False)
+    out.print(f"{plan.name}: {counts}")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medseg.cli_terminal import err, out, visible
 from medseg.errors import MedsegError
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ SHORT, LEAST = 24, 12
 
 SHOWN = {"surface_dice": "surface_dice", "hd95_mm": "hd95_mm", "volume_error_ml": "volume_difference_ml"}
 """Scores that fit beside Dice into 80 columns; JSON and CSV have all of them."""
-
-out = Console()
-err = Console(stderr=True)
 
 
 @contextmanager
@@ -77,9 +74,9 @@ def progress() -> Iterator[Callable[[str, float, str], None]]:
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}"),
+        TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}", markup=False),
     )
     if not err.is_terminal:
         yield _lines()
@@ -89,8 +86,8 @@ def progress() -> Iterator[Callable[[str, float, str], None]]:
 
         def show(stage: str, done: float, detail: str) -> None:
             if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=1.0, detail="")
-            bar.update(stages[stage], completed=done, detail=detail)
+                stages[stage] = bar.add_task(visible(stage), total=1.0, detail="")
+            bar.update(stages[stage], completed=done, detail=visible(detail))
 
         yield show
 
@@ -114,7 +111,7 @@ def line_a_minute() -> Callable[[str], None]:
     def write(text: str) -> None:
         if time.monotonic() - last[0] >= LINE_S:
             last[0] = time.monotonic()
-            err.print(f"medseg: {text}", markup=False, highlight=False, soft_wrap=True)
+            err.print(f"medseg: {text}", soft_wrap=True)
 
     return write
 
@@ -135,12 +132,13 @@ def tiles(show: Callable[[str, float, str], None]) -> Callable[[str, int, int], 
 def print_error(error: MedsegError | str, path: object) -> None:
     """Show an expected error in one line, with the path that it concerns."""
     place = "" if path is None else f"{path}: "
-    err.print(f"medseg: {place}{error}", markup=False, highlight=False, style="red", soft_wrap=True)
+    err.print(f"medseg: {place}{error}", style="red", soft_wrap=True)
 
 
 def print_json(content: object) -> None:
     """Print JSON for machines."""
-    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=1, allow_nan=False)
+    sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")  # the one letter that steers and that json lets pass
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -156,11 +154,11 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for key in cells:
         whole, numbers = key in short, key in numeric
         head = ("\n" if whole else " ").join(heads[key])
-        table.add_column(head, overflow="fold", no_wrap=whole, justify="right" if numbers else "left")
+        table.add_column(Text(head), overflow="fold", no_wrap=whole, justify="right" if numbers else "left")
     for line in zip(*cells.values(), strict=True):
         table.add_row(*line)
-    out.print(Text(title, "table.title"), soft_wrap=True)  # brackets of a path are no markup
-    out.print(table, markup=False)
+    out.print(title, style="table.title", soft_wrap=True)
+    out.print(table)
 
 
 def _in_one_piece(widths: dict[str, int], numeric: Collection[str]) -> set[str]:
@@ -194,9 +192,9 @@ def print_series(facts: dict[str, Any]) -> None:
     for row, one in zip(rows, series, strict=True):
         if one["text"] is not None:
             told = f"study {row['study']}, series {row['series']}: {one['reason']}: {one['text']}"
-            out.print(told, markup=False, highlight=False, soft_wrap=True)
+            out.print(told, soft_wrap=True)
     for problem in problems:
-        out.print(f"study {problem['study']}: {problem['text']}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"study {problem['study']}: {problem['text']}", soft_wrap=True)
 
 
 def print_measurements(title: str, measurements: Sequence[Measurement]) -> None:
@@ -233,7 +231,7 @@ def _show_one(outcome: Segmented) -> None:
     else:
         remarks = [f"{outcome.source}: left out, since it is no scan: {outcome.left_out} (--anyway takes it)."]
     for text in remarks:
-        err.print(text, markup=False, highlight=False, style="yellow", soft_wrap=True)
+        err.print(text, style="yellow", soft_wrap=True)
 
 
 def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
@@ -284,8 +282,8 @@ def show_outcomes(outcomes: Sequence[Outcome], *, show_paths: bool, as_json: boo
     for one in outcomes:
         if one.status != "done":
             name = one.path if show_paths else one.study
-            out.print(f"{name}: {one.status}, {one.reason}: {one.text}", markup=False, highlight=False)
+            out.print(f"{name}: {one.status}, {one.reason}: {one.text}")
     counts = [f"{sum(one.status == status for one in outcomes)} {status}" for status in ("done", "refused", "failed")]
     kept = sum(one.kept for one in outcomes)
     total = f"{count(len(outcomes), 'study')}: {', '.join(counts)}; {kept} of them by an earlier run"
-    out.print(total, highlight=False, soft_wrap=True)
+    out.print(total, soft_wrap=True)

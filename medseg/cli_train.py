@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medseg.cli_options import AsJson, Device, Start
-from medseg.cli_show import EXIT_FAILED, clock, err, print_json, print_table, progress, show_scores
+from medseg.cli_show import EXIT_FAILED, clock, print_json, print_table, progress, show_scores
+from medseg.cli_terminal import err
 from medseg.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def _say_how_large(cache: Path) -> None:
     err.print(
         f"{size / 1e6:.1f} MB of prepared cases are kept in the folder cache of the model, those of earlier plans and "
         "files too. Delete that folder when no training needs it; cases are then prepared anew.",
-        markup=False,
     )
 
 
@@ -198,6 +198,6 @@ def _scores_of_files(predictions: Path, references: Path, tolerance_mm: float, l
 def show_failed(scores: Scores) -> None:
     """Say which cases have no usable prediction; then the command has failed."""
     for case in scores.failed:
-        err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", markup=False, style="red")
+        err.print(f"medseg: {case.name}: no usable prediction ({case.failure})", style="red")
     if scores.failed:
         raise typer.Exit(EXIT_FAILED)

@@ -6,9 +6,9 @@ import io
 from collections import Counter
 
 import pytest
-from rich.console import Console
 
 from medseg import cli_show
+from medseg.cli_terminal import Terminal
 from medseg.report.metrics import CaseScores, LabelScore, Scores
 from medseg.study.batch import Progress
 
@@ -17,7 +17,7 @@ from medseg.study.batch import Progress
 def shown(monkeypatch):
     """Return what is written to a terminal of 80 columns."""
     stream = io.StringIO()
-    monkeypatch.setattr(cli_show, "out", Console(file=stream, width=80))
+    monkeypatch.setattr(cli_show, "out", Terminal(file=stream, width=80))
     return stream
 
 
@@ -30,7 +30,7 @@ def told(monkeypatch):
         now[0] += 61
         return now[0]
 
-    monkeypatch.setattr(cli_show, "err", Console(file=stream, width=80))
+    monkeypatch.setattr(cli_show, "err", Terminal(file=stream, width=80))
     monkeypatch.setattr(cli_show.time, "monotonic", clock)
     return stream
 
@@ -103,7 +103,7 @@ def test_a_batch_without_a_terminal_says_how_far_it_is(told):
 
 def test_a_short_work_without_a_terminal_says_nothing(monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr(cli_show, "err", Console(file=stream))
+    monkeypatch.setattr(cli_show, "err", Terminal(file=stream))
     with cli_show.progress() as show:
         for done in range(11):
             show("train", done / 10, "")
