@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from medseg.process.measured import box_around, measured
+from medseg.process.measured import NEAR, _solid, box_around, measured
 
 SCAN = np.random.default_rng(0).normal(100, 10, (12, 14, 16)).astype(np.float32)
 
@@ -74,3 +74,13 @@ def test_the_box_holds_what_any_channel_has():
     one[1:3, 2, 2] = two[2:5, 2, 3] = True
     assert box_around([one, two], (6, 6, 6)) == ((1, 2, 2), (5, 3, 4))
     assert box_around([one, None], (6, 6, 6)) == ((0, 0, 0), (6, 6, 6))
+
+
+@given(st.integers(0, 1000), st.tuples(*[st.integers(1, 18)] * 3), st.sampled_from((0.3, 0.8, 0.97)))
+def test_solid_regions_are_an_opening_and_what_is_near_it(seed, shape, density):
+    mask = np.random.default_rng(seed).random(shape) < density
+    cube = np.ones((3, 3, 3), bool)
+    expected = ndimage.binary_erosion(mask, cube)
+    for _ in range(1 + NEAR):
+        expected = ndimage.binary_dilation(expected, cube) & mask
+    np.testing.assert_array_equal(_solid(mask), expected)
