@@ -196,7 +196,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     extras = (probabilities, uncertainty, expected_volumes)
     options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras, anyway)
     outcomes: list[Outcome]
-    with progress() as show:
+    with progress(as_json=as_json) as show:
         first = channels[0]
         if len(channels) == 1 and is_folder_of_volumes(first):
             outcomes = list(segment_folder(loaded, first, target, options, progress=tiles(show)))
@@ -288,7 +288,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
         time_limit_s=60 * time_limit,
     )  # fmt: skip
     try:
-        with batch_table(show_paths) as show:
+        with batch_table(show_paths, as_json=as_json) as show:
             outcomes = run_batch(pipeline, studies, target, options, scheduler=scheduler, progress=show)
     except KeyboardInterrupt as error:
         err.print("medseg: interrupted; what has ended is kept, the same command does the rest.", style="red")

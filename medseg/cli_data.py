@@ -22,7 +22,7 @@ def dataset(
     from medseg.study.dataset import make_dataset
     from medseg.study.dataset_folder import untaken
 
-    with progress() as show:
+    with progress(as_json=as_json) as show:
         outcomes = make_dataset(
             studies, target, labels, progress=lambda done, total: show("studies", done / total, f"{done} of {total}")
         )

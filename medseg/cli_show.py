@@ -39,8 +39,11 @@ SHOWN = {"surface_dice": "surface_dice", "hd95_mm": "hd95_mm", "volume_error_ml"
 
 
 @contextmanager
-def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
-    """Give a function that keeps a table of a batch up to date on standard error, or writes a line a minute there."""
+def batch_table(show_paths: bool, *, as_json: bool = False) -> Iterator[Callable[[BatchProgress], None]]:
+    """Give a function that keeps a table of a batch up to date on standard error, or writes a line a minute there.
+
+    Where JSON is asked for, no lines are written: many a caller joins standard error to it.
+    """
     from rich.live import Live
 
     began, write = time.monotonic(), line_a_minute()
@@ -53,7 +56,7 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
         return f"{count(now.total, 'study')}: {counts}, {left} to do, {remaining} left, {count(now.workers, 'worker')}"
 
     if not err.is_terminal:
-        yield lambda now: write(summary(now))
+        yield lambda now: None if as_json else write(summary(now))
         return
     with Live(console=err, refresh_per_second=4) as live:
 
@@ -69,8 +72,11 @@ def batch_table(show_paths: bool) -> Iterator[Callable[[BatchProgress], None]]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, float, str], None]]:
-    """Give a function (stage, share done, detail) that moves a bar on standard error, or writes a line a minute."""
+def progress(*, as_json: bool = False) -> Iterator[Callable[[str, float, str], None]]:
+    """Give a function (stage, share done, detail) that moves a bar on standard error, or writes a line a minute.
+
+    Where JSON is asked for, no lines are written: many a caller joins standard error to it.
+    """
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -79,7 +85,7 @@ def progress() -> Iterator[Callable[[str, float, str], None]]:
         TextColumn("{task.percentage:>3.0f} % {task.fields[detail]}", markup=False),
     )
     if not err.is_terminal:
-        yield _lines()
+        yield (lambda *_: None) if as_json else _lines()
         return
     with Progress(*columns, TimeElapsedColumn(), console=err) as bar:
         stages: dict[str, TaskID] = {}

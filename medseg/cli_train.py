@@ -32,7 +32,7 @@ def plan(
     from medseg.train.loop import plan_dataset
     from medseg.train.planner import explain
 
-    with progress() as show:
+    with progress(as_json=as_json) as show:
         _, made = plan_dataset(
             dataset, model, start=start, device=device, progress=lambda now: show(now.stage, now.done, "")
         )
@@ -68,7 +68,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
 
     if fold != "all" and not fold.isdecimal():
         raise UsageError(f"A fold is a number from 0, or all; not {fold!r}.")
-    with progress() as show, _told_of_interrupts():
+    with progress(as_json=as_json) as show, _told_of_interrupts():
 
         def report(now: TrainProgress) -> None:
             detail = ""
@@ -136,7 +136,7 @@ def evaluate(
     if (predictions / "plan.json").is_file():
         if labels is not None:
             raise UsageError("A model knows its labels: --labels is for a folder of label files.")
-        scores = _scores_of_model(predictions, references, tolerance_mm, device)
+        scores = _scores_of_model(predictions, references, tolerance_mm, device, as_json=as_json)
     else:
         if device is not None:
             raise UsageError("Comparing label files needs no device: --device is for a model.")
@@ -149,7 +149,9 @@ def evaluate(
     show_failed(scores)
 
 
-def _scores_of_model(folder: Path, references: Path, tolerance_mm: float, device: str | None) -> Scores:
+def _scores_of_model(
+    folder: Path, references: Path, tolerance_mm: float, device: str | None, *, as_json: bool
+) -> Scores:
     from medseg.model.segmenter import Model
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate as evaluate_model
@@ -158,7 +160,7 @@ def _scores_of_model(folder: Path, references: Path, tolerance_mm: float, device
     dataset = read_dataset(references)
     model = Model.load(folder, device=device)
     require_labels(model.plan, dataset)
-    with progress() as show:
+    with progress(as_json=as_json) as show:
         return evaluate_model(
             model,
             dataset,

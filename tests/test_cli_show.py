@@ -93,6 +93,13 @@ def test_without_a_terminal_there_is_a_line_a_minute(told):
     assert second == "medseg: train: 50 %  step 7  loss 0.500  1.00 steps/s  0:10:00 left"
 
 
+def test_beside_json_no_lines_are_written(told):
+    with cli_show.progress(as_json=True) as show, cli_show.batch_table(show_paths=False, as_json=True) as of_batch:
+        show("prepare", 0.25, "1 of 4")
+        of_batch(Progress(10, Counter(done=3, refused=1), 0, 1, ()))
+    assert told.getvalue() == ""
+
+
 def test_a_batch_without_a_terminal_says_how_far_it_is(told):
     with cli_show.batch_table(show_paths=False) as show:
         show(Progress(10, Counter(done=3, refused=1), 0, 1, ()))

@@ -112,7 +112,7 @@ def _solid(mask: Mask) -> Mask:
 
 def _grown(bits: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return a mask with the 26 neighbors of its voxels; the last axis is packed."""
-    grown = bits | bits >> 1 | bits << 1
+    grown = np.asarray(bits | bits >> 1 | bits << 1, np.uint8)
     grown[..., 1:] |= bits[..., :-1] << 7
     grown[..., :-1] |= bits[..., 1:] >> 7
     for axis in range(2):
