@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import monai_files as files
@@ -59,6 +62,23 @@ def test_labels_are_those_of_monai_whatever_the_orientation(tmp_path, kind, orie
     config = files.inference(network_def=files.network_def(kind), roi=roi)
     found, expected, _ = beside(tmp_path, config, make_grid(orientation, (21, 18, 23)))
     assert dice(found, expected[0]) >= 0.999
+
+
+@pytest.mark.skipif(not find_spec("einops"), reason="einops is not installed")
+def test_an_import_loads_no_compiler_which_would_leave_a_folder_behind(tmp_path):
+    for kind in files.NETWORKS:
+        roi = [64, 32, 32] if kind == "SwinUNETR" else [16, 16, 8]
+        config = files.inference(network_def=files.network_def(kind), roi=roi)
+        files.write_bundle(tmp_path / "bundles" / kind, config, files.metadata())
+    (tmp_path / "temporary").mkdir()
+    code = """import sys, medseg, pathlib
+for bundle in pathlib.Path("bundles").iterdir():
+    medseg.import_model(bundle, bundle.name)
+assert "torch._dynamo" not in sys.modules"""
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert len(list(tmp_path.glob("*/plan.json"))) == len(files.NETWORKS)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 CASES = {

@@ -42,16 +42,23 @@ def shapes_of(plan: Plan) -> nn.Module:
     if isinstance(plan.network, Network):
         with torch.device("meta"):
             return UNet(plan.network, plan.inputs, plan.outputs)  # without drawing weights, which loads a compiler
-    with torch.device("meta"), _LinspaceOnCPU():
+    with _WithoutMemory():
         return build_network(plan.network, plan.inputs, plan.outputs)
 
 
-class _LinspaceOnCPU(TorchFunctionMode):
-    """Gives linspace memory, of which MONAI's SwinUNETR takes numbers while it is built."""
+class _WithoutMemory(TorchFunctionMode):
+    """Makes weights without memory and fills none in. What a network computes while it is built has memory.
+
+    On `meta` both of these would load a compiler, which takes seconds and leaves a folder in the temporary one.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.linspace else kwargs))
+        if func in (torch.empty, torch.zeros, torch.ones):
+            return func(*args, **(kwargs | {"device": "meta"}))
+        name, target = getattr(func, "__name__", ""), args[0] if args else None
+        in_place = name.endswith("_") and not name.endswith("__") and isinstance(target, Tensor) and target.is_meta
+        return target if in_place else func(*args, **kwargs)
 
 
 def _shapes_in(file: Path) -> dict[str, Tensor]:
