@@ -56,6 +56,7 @@ def doubled(shape: str) -> str:
         *("a: " + ":".join(["1"] * 100_000), "a: " + "9" * 100_000, "a: b\n---\nc: d", "a: *b"),
         *("\x07", "[1]: {[2]: 3}"),
     ],
+    ids=lambda content: repr(content[:20]),
 )  # fmt: skip
 def test_yaml_beyond_limits_or_with_tags_that_do_not_fit(tmp_path, content):
     with pytest.raises(UsageError, match=r"^The file is not valid YAML, or is nested or repeated beyond limits"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import stat
 import sys
 from copy import deepcopy
@@ -163,6 +164,29 @@ def test_what_is_done_is_kept_and_what_changed_is_done_again(tmp_path: Path) -> 
     changed = made(tmp_path, labels=[{"name": "PTV"}])
     assert [(one.status, one.kept) for one in changed] == [("refused", False), ("taken", False)]
     assert [file.name for file in (tmp_path / "out" / "labels").iterdir()] == [f"{changed[1].case}.nii.gz"]
+
+
+@pytest.mark.parametrize("damage", ["key", "type", "case", "json", "pipe"])
+def test_a_study_whose_record_is_damaged_is_done_again(tmp_path: Path, damage: str) -> None:
+    study(tmp_path / "studies", 1, {"liver": "liver"})
+    study(tmp_path / "studies", 2, {"liver": "liver"})
+    first, second = made(tmp_path)
+    tables = [tmp_path / "out" / name for name in ("dataset.json", "cases.json")]
+    before = [table.read_text() for table in tables]
+    record = tmp_path / "out.private" / "cases" / f"{first.case}.json"
+    content = json.loads(record.read_text())
+    record.unlink()
+    if damage == "pipe":
+        os.mkfifo(record)
+    elif damage == "json":
+        record.write_text("[" * 10**5)
+    else:
+        del content["group"]
+        changes = {"key": {}, "type": {"group": ["a"]}, "case": {"group": "", "case": second.case}}
+        record.write_text(json.dumps(content | changes[damage]))
+    assert [(one.status, one.kept) for one in made(tmp_path)] == [("taken", False), ("taken", True)]
+    assert [table.read_text() for table in tables] == before
+    assert json.loads(record.read_text())["case"] == first.case
 
 
 def test_a_dataset_that_is_being_made_cannot_be_trained_on(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from datasets import make_balls, small_plan
 
@@ -300,6 +301,25 @@ def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(balls, plan,
     (tmp_path / "fold_0.checkpoint").write_bytes(b"x" * 100)
     with pytest.raises(ModelError, match="cannot be read. Delete it"):
         train_model(balls, plan, tmp_path, budget="3steps", settings=FAST)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    ["[" * 10**5, "[]", "{}", '{"recipe": "one"}', '{"recipe": "one", "step": [], "seconds": 1, "history": []}', "nan"],
+    ids=["deep", "list", "empty", "without a step", "step", "word"],
+)
+def test_a_checkpoint_whose_numbers_are_damaged_is_refused(plan, tmp_path, numbers):
+    state = new_state(plan, FAST, torch.device("cpu"))
+    (tmp_path / "damaged").write_bytes(safetensors.torch.save({"network.a": torch.zeros(1)}, {"state": numbers}))
+    with pytest.raises(ModelError, match="cannot be read. Delete it"):
+        state.load(tmp_path / "damaged", "one")
+    assert state.step == 0
+
+
+def test_a_checkpoint_that_is_a_pipe_is_refused(plan, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="cannot be read. Delete it"):
+        new_state(plan, FAST, torch.device("cpu")).load(tmp_path / "pipe", "one")
 
 
 def test_a_training_goes_on_with_half_precision_on_another_device(plan, tmp_path):

@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from medseg.errors import DatasetError, OutputError
 from medseg.io import save
 from medseg.io.files import written_whole
@@ -43,6 +45,23 @@ class CaseOutcome:
     kept: bool = False
 
 
+class _Record(BaseModel):
+    """What became of a study, as its file has it: the outcome, and what it was made of."""
+
+    case: str
+    status: str
+    reason: str | None
+    text: str | None
+    structures: list[str]
+    untaken: list[str]
+    group: str
+    warnings: list[str]
+    registrations: list[dict[str, Any]]
+    rules: str
+    state: str
+    bytes: dict[str, int]
+
+
 @dataclass(frozen=True)
 class DatasetFolder:
     """The training folder, and what lies beside it for its owner alone."""
@@ -63,9 +82,10 @@ class DatasetFolder:
             own_folder(private)
             (private / "cases").mkdir(exist_ok=True)
             opened = cls(folder, private, key_in(private / "key"), rules)
-            for record in opened.records():
-                if record["rules"] != rules.digest:
-                    opened.remove(record["case"])
+            for file in opened.record_files():
+                record = _read_record(file)
+                if record is None or record["rules"] != rules.digest:
+                    opened.remove(file.stem)
         except OSError as error:
             raise OutputError(
                 f"The dataset cannot be written: {error.strerror or 'its key is damaged'}. Check that its folder may "
@@ -78,12 +98,9 @@ class DatasetFolder:
         """Return the keyed hash of a UID, path or ID."""
         return Ledger(self.out, self.key).name(what)
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return what is known of every study that was looked at, in this run or before."""
-        return [
-            read_json(file, "The record of a case", DatasetError)
-            for file in sorted((self.private / "cases").glob("*.json"))
-        ]
+    def record_files(self) -> list[Path]:
+        """Return the files of records, one for each study that was looked at, in this run or before."""
+        return sorted((self.private / "cases").glob("*.json"))
 
     def remove(self, case: str) -> None:
         """Remove what an earlier run made of a study, and dataset.json: until all is told anew, nobody trains on it."""
@@ -99,10 +116,9 @@ class DatasetFolder:
 
     def kept(self, entry: Entry) -> CaseOutcome | None:
         """Return what an earlier run made of a study with the same rules and files, where it is still there."""
-        path = self.private / "cases" / f"{self.name(entry.identity)}.json"
-        if not path.is_file():
+        record = _read_record(self.private / "cases" / f"{self.name(entry.identity)}.json")
+        if record is None:
             return None
-        record = read_json(path, "The record of a case", DatasetError)
         sizes = {name: (self.out / name).stat().st_size for name in record["bytes"] if (self.out / name).is_file()}
         if record["state"] != self._state(entry) or sizes != record["bytes"] or record["status"] == "failed":
             return None
@@ -133,7 +149,8 @@ class DatasetFolder:
 
     def write_tables(self, outcomes: Sequence[CaseOutcome]) -> None:
         """Write dataset.json and cases.json, and the tables for the owner. Raises OutputError."""
-        taken = [record for record in self.records() if record["status"] == "taken"]
+        records = [record for file in self.record_files() if (record := _read_record(file))]
+        taken = [record for record in records if record["status"] == "taken"]
         content = {
             "name": self.rules.name,
             "channel_names": {str(number): rule.name for number, rule in enumerate(self.rules.channels)},
@@ -159,6 +176,15 @@ class DatasetFolder:
 def untaken(outcomes: Sequence[CaseOutcome]) -> list[tuple[str, int]]:
     """Return the names of structures that no rule took, and how often each was met, the most frequent first."""
     return Counter(name for one in outcomes for name in one.untaken).most_common()
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return what became of a study, or None where the record is missing or damaged: the study is done again then."""
+    try:
+        content: dict[str, Any] = read_json(path, "The record of a case", DatasetError)
+        return content if _Record.model_validate(content).case == path.stem else None
+    except (DatasetError, ValueError):
+        return None
 
 
 def _write_json(content: object, path: Path) -> None:
