@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from medseg.errors import GeometryError, MedsegError, OutputError, UnknownOrientation, UnreadableFile, UsageError
+from medseg.io.leftovers import sweep, temporary_file
 from medseg.volume import Affine, Grid
 
 DIRECTIONS = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
@@ -30,30 +30,27 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises OutputError where the folder is missing or cannot be written.
     """
     final = Path(path)
-    # Lower case, since ITK writes two files under other names for .MHA.
-    beside = final.with_name(f".{secrets.token_hex(8)}{''.join(final.suffixes[-2:]).lower()}")
+    ending = "".join(final.suffixes[-2:]).lower()  # since ITK writes two files under other names for .MHA
     try:
-        yield beside
-        # Not "rb": Windows flushes only what is open for writing.
-        with beside.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, final)
+        with temporary_file(final.parent, ending) as beside:
+            yield beside
+            # Not "rb": Windows flushes only what is open for writing.
+            with beside.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(beside, final)
     except OSError as error:
         raise OutputError(
             f"The file could not be written: {error.strerror or 'the system gives no cause'}. "
             "Check that its folder exists, may be written to and has space left.",
             path=final,
         ) from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def check_place(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Check before the work what `written_whole` would find after it, and that the file is not one of the inputs.
 
     Raises UsageError where it would replace an input, under whatever name, and OutputError where it is a folder, or its
-    folder is missing or may not be written to.
+    folder is missing or may not be written to. What killed processes left in the folder is swept.
     """
     path, cause = Path(path), ""
     try:
@@ -69,6 +66,7 @@ def check_place(path: str | os.PathLike[str], inputs: Iterable[str | os.PathLike
         cause = error.strerror or "the system gives no cause"
     if cause:
         raise OutputError(f"The file cannot be written: {cause}. Give another name, or mend that.", path=path)
+    sweep(path.parent)
 
 
 def _same(path: Path, other: str | os.PathLike[str]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medseg.io.dicom_lost import may_hold_slices
+from medseg.io.leftovers import is_leftover
 
 Fail = Callable[[OSError], None]
 """What is told of a folder or a file that the system does not let look at; its path is the `filename` of the error."""
@@ -63,7 +64,7 @@ def _entries(folder: str, fail: Fail) -> list[os.DirEntry[str]]:
     try:
         os.stat(f"{folder}/.")  # noqa: PTH116 - pathlib drops the dot, and a folder may be listed and not entered
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            return sorted((entry for entry in entries if not is_leftover(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         fail(_at(error, folder))
         return []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from medseg.errors import ModelError, OutputError, UsageError
+from medseg.io.leftovers import temporary_folder
 from medseg.model.import_monai import INFERENCE, is_bundle, read_bundle
 from medseg.model.import_nnunet import POSTPROCESSING, is_nnunet, read_nnunet
 from medseg.model.imported import Imported
@@ -108,16 +107,15 @@ def _chosen(source: Path, configuration: str | None) -> Path:
 
 def _write(imported: Imported, where: Path) -> None:
     """Write a model folder, whole or not at all."""
-    beside = where.with_name(f".{secrets.token_hex(8)}")
     try:
-        _write_parts(imported, beside)
-        if where.exists():
-            where.rmdir()
-        beside.rename(where)
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(where.parent) as beside:
+            _write_parts(imported, beside / "model")
+            if where.exists():
+                where.rmdir()
+            (beside / "model").rename(where)
     except OSError as error:
         raise OutputError(f"The model folder could not be written: {error.strerror}.", path=where) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_parts(imported: Imported, folder: Path) -> None:

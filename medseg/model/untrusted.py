@@ -9,7 +9,6 @@ import pickletools
 import shutil
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from medseg.errors import ModelError
 from medseg.io.files import check_regular
+from medseg.io.leftovers import temporary_folder
 
 MOST_MEMBERS = 100_000
 """Files that an archive may hold."""
@@ -143,7 +143,7 @@ def unpacked(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
     Raises ModelError for an archive that is damaged, has names that lead out of a folder, links, or files that grow,
     alone or together, beyond MOST_SHRINKAGE: none of it is unpacked.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
             with zipfile.ZipFile(archive) as source:
                 members = _checked(source, archive)
@@ -152,7 +152,7 @@ def unpacked(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
                         _extract(source, member, Path(folder, member.filename))
         except DAMAGE as error:
             raise ModelError("The archive is missing, damaged, encrypted or no zip file.", path=archive) from error
-        yield Path(folder)
+        yield folder
 
 
 def _checked(source: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from tempfile import TemporaryDirectory
 
 from medseg.errors import InputError, MedsegError, OutputError, UnreadableFile
 from medseg.io.dicom_file import begins_as_dicom
 from medseg.io.dicom_header import silence
 from medseg.io.dicom_lost import OTHER_ENDINGS, name_kind
 from medseg.io.files import reading
+from medseg.io.leftovers import is_leftover, temporary_folder
 from medseg.io.packed import DICOM_ENDINGS, MOST_LOOKED_AT, PACKED_ENDINGS, holds_dicom
 
 LARGEST_ARCHIVE = 32 * 2**30
@@ -40,9 +40,9 @@ def opened(path: str | PathLike[str], beside: str | PathLike[str] | None = None)
     if not is_archive(Path(path)):
         yield Path(path)
         return
-    with TemporaryDirectory(dir=beside) as folder:
+    with temporary_folder(beside) as folder:
         unpack(path, folder)
-        yield Path(folder)
+        yield folder
 
 
 def is_archive(path: Path) -> bool:
@@ -79,7 +79,7 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
     """
     try:
         with reading(path), zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not _name(member).endswith("/")]
+            members = [member for member in archive.infolist() if _is_wanted(_name(member))]
             _check(members)
             folders: dict[PurePosixPath, Path] = {}
             kinds: dict[tuple[str, str], int] = {}
@@ -101,6 +101,10 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
     except Exception as error:  # zipfile and its decoders raise a dozen kinds
         text = "The archive is damaged, is not a zip, or is one part of several. Copy or pack it again."
         raise UnreadableFile(text, path=path) from error
+
+
+def _is_wanted(name: str) -> bool:
+    return not name.endswith("/") and not any(map(is_leftover, PurePosixPath(name).parts))
 
 
 def _telling(name: str) -> str:

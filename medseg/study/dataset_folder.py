@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from medseg.errors import DatasetError, OutputError
 from medseg.io import save
 from medseg.io.files import written_whole
+from medseg.io.leftovers import is_leftover, sweep
 from medseg.io.text import read_json
 from medseg.study.cohort import Entry
 from medseg.study.ledger import Ledger, add_rows, key_in, own_folder, state
@@ -23,6 +24,9 @@ from medseg.study.rules import DatasetRules
 from medseg.volume import Volume
 
 ENDING = ".nii.gz"
+
+UNDER_WAY = "under_way"
+"""The reason in the record of a study whose files are being written; it stays where that is cut off."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,12 @@ class DatasetFolder:
                 part.mkdir(parents=True, exist_ok=True)
             own_folder(private)
             (private / "cases").mkdir(exist_ok=True)
+            for part in (folder, folder / "images", folder / "labels", private, private / "cases"):
+                sweep(part)
             opened = cls(folder, private, key_in(private / "key"), rules)
             for file in opened.record_files():
                 record = _read_record(file)
-                if record is None or record["rules"] != rules.digest:
+                if record is None or record["rules"] != rules.digest or record["reason"] == UNDER_WAY:
                     opened.remove(file.stem)
         except OSError as error:
             raise OutputError(
@@ -100,7 +106,7 @@ class DatasetFolder:
 
     def record_files(self) -> list[Path]:
         """Return the files of records, one for each study that was looked at, in this run or before."""
-        return sorted((self.private / "cases").glob("*.json"))
+        return sorted(file for file in (self.private / "cases").glob("*.json") if not is_leftover(file.name))
 
     def remove(self, case: str) -> None:
         """Remove what an earlier run made of a study, and dataset.json: until all is told anew, nobody trains on it."""
@@ -129,6 +135,7 @@ class DatasetFolder:
     def write(self, entry: Entry, outcome: CaseOutcome, image: Volume | None, labels: Volume | None) -> CaseOutcome:
         """Write the files of a case, if it is taken, and then what became of the study. Raises OutputError."""
         self.remove(outcome.case)
+        self._record(entry, CaseOutcome(outcome.case, "failed", UNDER_WAY), [])  # no file without a record
         files = []
         if outcome.status == "taken" and image is not None and labels is not None:
             channels = image.array
@@ -138,6 +145,10 @@ class DatasetFolder:
                 save(image.with_array(channel[None]), self.out / files[-1])
             files.append(f"labels/{outcome.case}{ENDING}")
             save(labels, self.out / files[-1])
+        self._record(entry, outcome, files)
+        return outcome
+
+    def _record(self, entry: Entry, outcome: CaseOutcome, files: Sequence[str]) -> None:
         record = {
             **asdict(outcome),
             "rules": self.rules.digest,
@@ -145,7 +156,6 @@ class DatasetFolder:
             "bytes": {name: (self.out / name).stat().st_size for name in files},
         }
         _write_json(record, self.private / "cases" / f"{outcome.case}.json")
-        return outcome
 
     def write_tables(self, outcomes: Sequence[CaseOutcome]) -> None:
         """Write dataset.json and cases.json, and the tables for the owner. Raises OutputError."""

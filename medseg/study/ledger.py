@@ -27,13 +27,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from medseg.errors import InputError, OutputError, UsageError
 from medseg.io.files import written_whole
+from medseg.io.leftovers import temporary_folder
 from medseg.io.text import read_json
 
 FORMAT = 1
@@ -273,8 +273,8 @@ def own_folder(folder: Path) -> None:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         found = folder.lstat()
-        with TemporaryDirectory(dir=folder) as fresh:
-            usual = Path(fresh).stat()
+        with temporary_folder(folder) as fresh:
+            usual = fresh.stat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != usual.st_uid or found.st_mode & ~usual.st_mode & 0o077:
             raise OutputError(
                 "The private folder of these outputs is a link, belongs to somebody else, or may be looked into by "
