@@ -20,6 +20,10 @@ PALETTE = (
 """Twenty colors that stay apart for most eyes, after Trubetskoy's list; they repeat for more labels."""
 
 
+LARGEST_VALUE = 2**31 - 1
+"""Of a label, as of a structure in DICOM (VR IS, PS3.5 6.2)."""
+
+
 class SnomedCode(BaseModel):
     """A SNOMED CT concept, as DICOM writes it: code value and code meaning (PS3.16, CID 7150 to 7166).
 
@@ -38,7 +42,7 @@ class Label(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    value: int = Field(ge=1, le=2**31 - 1)
+    value: int = Field(ge=1, le=LARGEST_VALUE)
     name: str
     color: str = Field(pattern="^#[0-9a-f]{6}$")
     snomed: SnomedCode | None = None
@@ -62,8 +66,16 @@ def _code(name: str) -> SnomedCode | None:
 
 
 def complete(table: Sequence[Label], values: Iterable[int]) -> tuple[Label, ...]:
-    """Return the table with an entry for each of the values that it lacks, called "label N", sorted by value."""
+    """Return the table with an entry for each of the values that it lacks, called "label N", sorted by value.
+
+    Raises InputError (`label_values`) for values that no label can have.
+    """
     unknown = set(values) - {label.value for label in table} - {0}
+    if unknown and max(unknown) > LARGEST_VALUE:
+        raise InputError(
+            f"The value of a label is at most {LARGEST_VALUE}, and the labels have {max(unknown)}. Number them from 1.",
+            reason="label_values",
+        )
     added = [Label(value=value, name=f"label {value}", color=PALETTE[(value - 1) % len(PALETTE)]) for value in unknown]
     return tuple(sorted([*table, *added], key=lambda label: label.value))
 

@@ -73,6 +73,8 @@ class TestWhatIsMissed:
             ("elsewhere/A.IMA", ZEROS),
             ("IM0006.part", ZEROS[:400]),
             ("IM0006.dcm.crdownload", ZEROS[:400]),
+            *[(name, b"bplist00") for name in (".IM0006.icloud", ".IM0006.dcm.icloud", "a.dcm.icloud")],
+            ("last.dcm", b""),
             ("last", ZEROS),
             ("last", PAGE),
             ("IM0006.gz", ZEROS),
@@ -181,6 +183,8 @@ class TestWhatIsNotMissed:
             ("scan.nii.gz", gzip.compress(ZEROS)),
             ("other.gz", gzip.compress(TEXT)),
             ("IM0006.roi", TEXT),
+            *[(name, b"") for name in ("_SUCCESS", "done", "LOCK", "transfer.complete", "IM0006.done")],
+            *[(name, PROGRAM[4:]) for name in ("mesh.vtk", "scene.mrb", "scan.rec", "scan.mif", "film.webm", "net.pt")],
             ("dicomdir.dcm", None),
         ],
     )

@@ -40,6 +40,10 @@ WHAT = {
     "echo time": lambda p, k: {"EchoTime": 5 + 5 * p},
     "image type": lambda p, k: {"ImageType": ["ORIGINAL", "PRIMARY", "MPR"[p]]},
     "temporal position": lambda p, k: {"TemporalPositionIdentifier": p + 1},
+    "repetition time": lambda p, k: {"RepetitionTime": 500 + 100 * p},
+    "sequence": lambda p, k: {"SequenceName": f"*ep_b{1000 * p}"},
+    "number of the series": lambda p, k: {"SeriesNumber": 3 + p},
+    "description": lambda p, k: {"SeriesDescription": f"phase {p}"},
 }
 """What passes differ in that no single scan does."""
 
@@ -48,6 +52,7 @@ WHEN = {
     "time": lambda p, k: {"AcquisitionTime": f"1200{30 * p:02d}"},
     "times": lambda p, k: {"AcquisitionTime": f"120{p}0{k}.{k}"},
     "date and time": lambda p, k: {"AcquisitionDateTime": f"20261127120{p}0{k}"},
+    "frame time": lambda p, k: {"FrameReferenceTime": 30000 * p},
     "content times": lambda p, k: {"ContentTime": f"120{p}0{k}"},
     "instance numbers": lambda p, k: {"InstanceNumber": COUNT * p + k + 1},
     "there and back": lambda p, k: {"InstanceNumber": COUNT * p + (COUNT - k if p % 2 else k + 1)},
@@ -99,6 +104,16 @@ class TestOneScan:
         write_passes(tmp_path, (0, 2.5), WHEN[sign], SliceThickness=2.5)
         assert_every_pixel_in_place(read(tmp_path), tmp_path)
         assert stacks(tmp_path) == [("accepted", 2 * COUNT)]
+
+    @pytest.mark.parametrize("modality", ["CT", "PT", "MR"])
+    @pytest.mark.parametrize("engines", [2, 3, 4])
+    def test_slices_that_several_computers_made_in_turn(self, tmp_path: Path, modality: str, engines: int) -> None:
+        def each(n: float) -> dict[str, Any]:
+            return {"ContentTime": f"12{int(n) % engines:02d}{int(n) // engines:02d}", "InstanceNumber": n + 1}
+
+        write_series(tmp_path, range(12), step_mm=(0, 0, 2.5), each=each, SliceThickness=2.5, Modality=modality)
+        assert_every_pixel_in_place(read(tmp_path), tmp_path)
+        assert stacks(tmp_path) == [("accepted", 12)]
 
     @pytest.mark.parametrize("modality", ["MR", "CT"])
     @pytest.mark.parametrize(

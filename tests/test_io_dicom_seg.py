@@ -558,6 +558,17 @@ def test_frames_that_are_not_all_described_are_refused(source: Path, change: int
         load_dicom_seg(path, source=source)
 
 
+def test_pixels_of_frames_that_nobody_describes_are_refused(source: Path) -> None:
+    path = written(source)[1]
+    data = pydicom.dcmread(path)
+    data.NumberOfFrames -= 1
+    del data.PerFrameFunctionalGroupsSequence[-1]
+    data.save_as(path)
+    with pytest.raises(InputError, match="describes 11 frames and has pixels of more") as caught:
+        load_dicom_seg(path, source=source)
+    assert caught.value.reason == "not_seg"
+
+
 def test_segments_that_nobody_wants_may_lie_outside(tmp_path: Path) -> None:
     labels, path = written(write_source(tmp_path / "ct"))
     other = write_source(tmp_path / "other", slices=range(4))

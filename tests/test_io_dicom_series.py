@@ -182,6 +182,7 @@ class TestValues:
 
 
 PALETTE = {"RedPaletteColorLookupTableDescriptor": [256, 0, 16]}
+CLASSES = "1.2.840.10008.5.1.4.1.1."
 COMPRESSED = {"PixelData": pydicom.encaps.encapsulate([b"1234"]), "syntax": JPEGLSLossless}
 
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
@@ -235,6 +236,28 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("bit_layout", "floating-point", {"PixelData": None, "FloatPixelData": bytes(96), "BitsAllocated": 32}),
     ("rescale", "table or no numbers", {"ModalityLUTSequence": [Dataset()]}),
     ("rescale", "table or no numbers", {"RescaleSlope": 0}),
+    *[
+        (
+            "rescale",
+            "1 of 5 slices do not state RescaleSlope and RescaleIntercept",
+            {"RescaleSlope": 1, "RescaleIntercept": -1024, "each": lambda k, tags=tags: {} if k < 4 else tags},
+        )
+        for tags in ({"RescaleSlope": None}, {"RescaleIntercept": None}, {"RescaleIntercept": ""})
+    ],
+    *[
+        (
+            "picture",
+            "do not say where they lie",
+            {"SOPClassUID": CLASSES + ending, "ImagePositionPatient": None, **tags},
+        )
+        for ending, tags in [
+            ("7", {"NumberOfFrames": 1}),
+            *[(ending, {"NumberOfFrames": 4}) for ending in ("7.2", "3.1", "6.1", "12.1")],
+            *[(ending, {}) for ending in ("1", "1.1", "481.1", "77.1.4")],
+        ]
+    ],
+    ("no_geometry", "where it lies", {"SOPClassUID": CLASSES + "128", "ImagePositionPatient": None}),
+    ("no_geometry", "where it lies", {"SOPClassUID": "1.3.12.2.1107.5.9.1", "ImagePositionPatient": None}),
     ("not_an_image", "no scan", {"Rows": None, "Columns": None, "PixelData": None, "Modality": "SR"}),
     ("not_an_image", "no scan", {"Modality": "SEG"}),
     ("not_an_image", "no scan", {"Modality": "RTDOSE"}),
@@ -338,8 +361,9 @@ class TestFolders:
         write_series(tmp_path / "other scout", [9], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
         write_series(tmp_path / "rt", [0], Modality="RTSTRUCT", Rows=None, Columns=None, PixelData=None)
         write_series(tmp_path / "picture", [0], PhotometricInterpretation="RGB", SamplesPerPixel=3)
+        write_series(tmp_path / "dose report", [0], SOPClassUID=f"{CLASSES}7", ImagePositionPatient=None)
         (tmp_path / "README").write_text("not DICOM")
-        assert len(find_series(tmp_path)) == 4
+        assert len(find_series(tmp_path)) == 5
         assert_every_pixel_in_place(read(tmp_path), tmp_path / "ct")
 
     def test_blank_series_uids_count_as_one_series_per_folder(self, tmp_path: Path) -> None:

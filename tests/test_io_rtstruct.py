@@ -365,6 +365,17 @@ def test_a_frame_of_reference_of_its_own_is_accepted_for_the_very_slices(source:
     assert labels.array.sum() == 45
 
 
+def test_a_frame_of_reference_that_is_listed_nowhere_is_accepted_for_the_very_slices(source: Path) -> None:
+    def edit(data: Any) -> None:
+        data.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.3"
+        for contour in contours_of(data):
+            del contour.ContourImageSequence
+
+    with pytest.warns(UserWarning, match="another frame of reference .* refers to the very slices"):
+        labels, _ = load_rtstruct(edited(source, edit), source=source)
+    assert labels.array.sum() == 45
+
+
 def ring(low: float, high: float) -> Callable[[Any], None]:
     """Let a hole be drawn in the box of each slice, the outline at `low` and the hole at `high` steps above the slice.
 

@@ -15,8 +15,11 @@ from medseg.errors import UnreadableFile
 from medseg.io.files import leads_nowhere
 from medseg.io.packed import DICOM_ENDINGS, PACKED_ENDINGS, holds_dicom, unpacked_name
 
-PARTIAL_ENDINGS = frozenset({".part", ".partial", ".filepart", ".crdownload", ".download", ".tmp"})
+PARTIAL_ENDINGS = frozenset({".part", ".partial", ".filepart", ".crdownload", ".download", ".tmp", ".icloud"})
 """How names end of files that have not been copied to their end."""
+
+STANDS_FOR = re.compile(r"\.(.+\.icloud)", re.IGNORECASE)
+"""The hidden name of what stands for a file that lies with a provider of storage alone."""
 
 OTHER_ENDINGS = frozenset({
     ".txt", ".md", ".rst", ".rtf", ".log", ".csv", ".tsv", ".json", ".xml", ".xsl", ".xsd", ".yaml", ".yml", ".toml",
@@ -24,7 +27,10 @@ OTHER_ENDINGS = frozenset({
     ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ico", ".svg", ".tif", ".tiff", ".webp", ".mp4", ".avi", ".mov", ".mpg",
     ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh", ".mnc", ".stl", ".h5", ".hdf5",
     ".bval", ".bvec", ".mat", ".npy", ".npz", ".safetensors", ".py", ".ipynb", ".sh", ".bat", ".exe", ".dll", ".so",
-    ".jar", ".class", ".cab", ".msi", ".chm", ".hlp", ".ttf", ".manifest", ".config",
+    ".jar", ".class", ".cab", ".msi", ".chm", ".hlp", ".ttf", ".manifest", ".config", ".pyc", ".swp", ".lock",
+    ".odt", ".ods", ".odp", ".xlsm", ".docm", ".ps", ".eps", ".psd", ".heic", ".wmv", ".mkv", ".webm", ".wav", ".mp3",
+    ".vtk", ".vtp", ".vti", ".vtu", ".ply", ".obj", ".mrml", ".mrb", ".fcsv", ".mif", ".tck", ".trk", ".par", ".rec",
+    ".rda", ".pkl", ".pt", ".pth", ".onnx", ".done", ".complete",
     ".ini", ".inf", ".cfg", ".db", ".sqlite", ".lnk", ".url", ".md5", ".sha1", ".sha256", ".sha512",
 })  # fmt: skip
 """How names of files end that lie beside slices and are none."""
@@ -56,6 +62,11 @@ def may_hold_slices(file: Path) -> bool:
     return file.is_file() or (leads_nowhere(file) and not _is_something_else(file))
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a name is that of a hidden file, which does not stand for another."""
+    return name.startswith(".") and not STANDS_FOR.fullmatch(name)
+
+
 def name_kind(name: str) -> tuple[str, str]:
     """Return what the names of the slices of a series have in common: a name without its numbers, and its ending."""
     path = PurePath(_whole_name(name))
@@ -68,7 +79,7 @@ def lost_slices(others: Sequence[Path], slices: Sequence[Path]) -> list[Unreadab
 
     That are those called .dcm or .ima, wherever they lie; packed DICOM files of which there is no copy; and, beside
     slices or under a name like theirs, what is empty or neither a text nor another known kind of file. A DICOMDIR,
-    hidden files, and those that other endings tell to be something else may lie anywhere.
+    hidden files, marks, and those that other endings tell to be something else may lie anywhere.
     """
     others = [file for file in others if not _is_something_else(file)]
     if not others:
@@ -76,6 +87,7 @@ def lost_slices(others: Sequence[Path], slices: Sequence[Path]) -> list[Unreadab
     folders = {file.parent for file in slices}
     kinds = {name_kind(file.name) for file in slices}
     names = {name for name, _ in kinds}
+    are_counted = all(re.search("[0-9]", file.name) for file in slices)
     found = []
     for file in others:
         kind, beside = name_kind(file.name), file.parent in folders
@@ -86,15 +98,22 @@ def lost_slices(others: Sequence[Path], slices: Sequence[Path]) -> list[Unreadab
         elif kind[1] in DICOM_ENDINGS:
             text = "" if _is_dicomdir(file) else CALLED.format(kind[1])
         else:
+            near = near and not (are_counted and not alike and is_mark(file.name, _size(file)))
             text = LIKELY if near and _could_be_pixels(file, is_named_so=beside and alike) else ""
         if text and not _is_copied(file):
             found.append(UnreadableFile(text, path=file))
     return found
 
 
+def is_mark(name: str, size: int) -> bool:
+    """Return whether a file is empty and its name has no number: it marks that something is done, or locked."""
+    is_named_so = name_kind(name)[1] in DICOM_ENDINGS or PurePath(name).suffix.lower() in PACKED_ENDINGS
+    return size == 0 and not is_named_so and not re.search("[0-9]", name)
+
+
 def _is_something_else(file: Path) -> bool:
     ending = PurePath(_whole_name(file.name)).suffix.lower()
-    if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS:
+    if is_hidden(file.name) or file.name.upper() == "DICOMDIR" or ending in OTHER_ENDINGS:
         return True
     return ending == ".img" and file.with_suffix(".hdr").exists()  # a volume of two files
 
@@ -107,7 +126,8 @@ def _is_copied(file: Path) -> bool:
 
 def _whole_name(name: str) -> str:
     """Return the name that a file has when it is copied to its end and unpacked."""
-    path = PurePath(name)
+    stands_for = STANDS_FOR.fullmatch(name)
+    path = PurePath(stands_for[1] if stands_for else name)
     return unpacked_name(path.stem if path.suffix.lower() in PARTIAL_ENDINGS else name)
 
 

@@ -2,7 +2,8 @@
 
 Slices of two passes that lie half a step apart have equal steps, as those of one scan do. What tells is what the
 headers say of their contents, or of when they were taken. A single MR scan is taken in passes, too, every other slice
-first: there the slices of one pass leave room for those of the other, so thickness decides.
+first: there the slices of one pass leave room for those of the other, so thickness decides. It decides, too, where
+slices were merely made in passes, as by several computers that reconstruct them in turn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from medseg.io.dicom_slice import VARIANTS, Slice
 LEAST_PASS = 3
 """A pass has so many slices: two always have equal steps."""
 
-WHEN = frozenset({"TriggerTime", "AcquisitionNumber", "AcquisitionTime", "AcquisitionDateTime", "ContentTime"})
-"""Elements that say when a slice was taken, and nothing of what it shows."""
+WHEN = frozenset(
+    {
+        *("TriggerTime", "FrameReferenceTime", "AcquisitionNumber", "AcquisitionTime", "AcquisitionDateTime"),
+        "ContentTime",
+    }
+)
+"""Elements that say when a slice was taken, or made (ContentTime), and nothing of what it shows."""
 
 COUNTS = frozenset({"AcquisitionNumber", "InstanceNumber"})
 """What goes through twice for two passes, and once for one scan, whatever the order in which its slices were taken."""
@@ -63,7 +69,7 @@ def may_be_passes(slices: Sequence[Slice], planes: NDArray[np.float64]) -> bool:
 
 def _counts(element: str, first: Slice, step_mm: float) -> bool:
     """Return whether it tells passes from one scan that an element differs between slices that interleave."""
-    if element not in WHEN | COUNTS or first.modality != "MR":
+    if element not in WHEN | COUNTS or (first.modality != "MR" and element != "ContentTime"):
         return True
     return element in COUNTS if math.isnan(first.extent_mm) else first.extent_mm > OVERLAP * step_mm
 

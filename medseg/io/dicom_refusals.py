@@ -19,6 +19,8 @@ REFUSALS = {
     "no_pixels": "A file is an image and has no pixels: it is cut short, or somebody took them out. Copy or export it "
     "again.",
     "not_an_image": "The files hold no scan but a segmentation, contours, a dose, a report or the like.",
+    "picture": "The files are radiographs, ultrasound, screenshots or other pictures, and do not say where they lie in "
+    "the patient.",
     "multi_frame": "A file holds several frames and does not say where each of them lies. Export the original series.",
     "mosaic": "Each file is a mosaic, many slices tiled into one picture, as scanners of Siemens and United Imaging "
     "write them. Convert the series to NIfTI first.",
@@ -31,10 +33,14 @@ REFUSALS = {
 }
 """Why a file cannot be read, the most telling reason first; what was found goes between the braces."""
 
-SCAN_CLASSES = frozenset({
-    *("1.1.2", "1.1.2.1", "1.1.2.2", "1.1.4", "1.1.4.1", "1.1.4.3", "1.1.4.4", "1.1.128", "1.1.128.1", "1.1.130", ""),
-})  # fmt: skip
-"""What 1.2.840.10008.5.1.4. goes on with in the SOP class of images of CT, MR and PET, some of which leave it blank."""
+IMAGES = "1.2.840.10008.5.1.4.1.1."
+"""How the SOP classes of images begin (PS3.4 B.5)."""
+
+SCAN_CLASSES = frozenset({"2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "128", "128.1", "130", ""})
+"""How those of CT, MR and PET go on; some images leave it blank."""
+
+PICTURES = ("1.", "3.1.", "6.1.", "7.", "12.1.", "12.2.", "77.1.", "481.1.")
+"""How those of radiographs, ultrasound, secondary captures, angiography, photographs and RT images go on."""
 
 LAYOUT = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
 """What it takes to read pixels that are stored as they are."""
@@ -60,6 +66,7 @@ def slice_problem(header: Header, pixels: Pixels, *, placed: bool) -> Problem | 
     found = {
         "no_pixels": pixels == "none" and _is_scan(header),
         "not_an_image": pixels == "none" or not _has_size(header) or header.text("Modality") in NO_IMAGES,
+        "picture": not placed and _is_picture(header),
         "multi_frame": not header.frame_is_described,
         "mosaic": is_mosaic(header),
         "color": (color and not color.startswith("MONOCHROME"))
@@ -75,8 +82,13 @@ def slice_problem(header: Header, pixels: Pixels, *, placed: bool) -> Problem | 
 
 
 def _is_scan(header: Header) -> bool:
-    sop_class = header.text("SOPClassUID").removeprefix("1.2.840.10008.5.1.4.")
+    sop_class = header.text("SOPClassUID").removeprefix(IMAGES)
     return header.text("Modality") in {"CT", "MR", "PT"} and sop_class in SCAN_CLASSES
+
+
+def _is_picture(header: Header) -> bool:
+    sop_class = header.text("SOPClassUID")
+    return sop_class.startswith(IMAGES) and f"{sop_class.removeprefix(IMAGES)}.".startswith(PICTURES)
 
 
 def _has_size(header: Header) -> bool:

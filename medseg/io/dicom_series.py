@@ -24,7 +24,7 @@ from medseg.io.files import reading
 from medseg.io.listing import slice_files
 from medseg.volume import Array, Grid, Volume
 
-NO_SCANS = frozenset({"localizer", "not_an_image", "color"})
+NO_SCANS = frozenset({"localizer", "not_an_image", "picture", "color"})
 """What may lie beside the series to read. A scan that is refused for another reason might be the one that was meant."""
 
 
@@ -263,7 +263,18 @@ def _content_problem(slices: Sequence[Slice]) -> Problem | None:
     if len(shapes) > 1:
         sizes = ", ".join(f"{columns} x {rows}" for columns, rows in shapes)
         return Problem("mixed_matrix", f"The slices differ in columns x rows: {sizes}. Pass those of one size.")
-    return None
+    return _rescale_problem(slices)
+
+
+def _rescale_problem(slices: Sequence[Slice]) -> Problem | None:
+    unstated = sum(not part.is_rescaled for part in slices)
+    if unstated in {0, len(slices)} or all((part.slope, part.intercept) == (1, 0) for part in slices):
+        return None
+    return Problem(
+        "rescale",
+        f"{unstated} of {len(slices)} slices do not state RescaleSlope and RescaleIntercept, which the others do, so "
+        "it is unknown what their values mean. Export the original series.",
+    )
 
 
 def _difference(slices: Sequence[Slice]) -> str:

@@ -35,7 +35,12 @@ VARIANTS = (
     "ConvolutionKernel",
     "KVP",
     "FlipAngle",
+    "RepetitionTime",
+    "SequenceName",
     "NominalPercentageOfCardiacPhase",
+    "SeriesNumber",
+    "SeriesDescription",
+    "FrameReferenceTime",
     "AcquisitionNumber",
     "AcquisitionTime",
     "AcquisitionDateTime",
@@ -45,7 +50,7 @@ VARIANTS = (
 
 HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
-    *("Modality", "SeriesNumber", "SeriesDescription", "InstanceNumber", *VARIANTS),
+    *("Modality", "InstanceNumber", *VARIANTS),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
     *("Rows", "Columns", "NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
@@ -67,7 +72,8 @@ class Slice:
 
     `frame` counts from 0 in the file and is 0 where the file has but one. `shape` is (columns, rows). `plane`, if
     known, takes (column, row, 0) of a pixel to RAS+ mm. `thickness_mm` is the step that the header states, or else the
-    thickness, and `extent_mm` the larger of the two. `slope` and `intercept` make real values of the stored ones.
+    thickness, and `extent_mm` the larger of the two. `slope` and `intercept` make real values of the stored ones; they
+    are 1 and 0 where the header does not state both (`is_rescaled`).
     `native` says where they lie in the file, None where they have to be decoded.
     """
 
@@ -90,6 +96,7 @@ class Slice:
     instance_number: float
     slope: float
     intercept: float
+    is_rescaled: bool
     problem: Problem | None
     native: Native | None
 
@@ -179,6 +186,7 @@ def _slice(path: Path, frame: int, header: Header, description: str, pixels: Loc
         instance_number=header.number("InstanceNumber"),
         slope=header.number("RescaleSlope", blank=1.0),
         intercept=header.number("RescaleIntercept", blank=0.0),
+        is_rescaled=all(header.numbers(name) for name in ("RescaleSlope", "RescaleIntercept")),
         problem=slice_problem(header, pixels.kind, placed=plane is not None) or pixels.problem,
         native=pixels.native,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, InputError
+from medseg.errors import GeometryError
 from medseg.io.contours import Polygon, trace
 from medseg.io.dicom_header import parsing
 from medseg.io.dicom_references import (
@@ -55,9 +55,6 @@ if TYPE_CHECKING:
 
 DECIMALS = 4
 """Decimals of a coordinate in mm: off by at most 0.00005 mm, and 16 characters reach beyond a kilometre."""
-
-LARGEST_NUMBER = 2**31 - 1
-"""Of a structure (VR IS, PS3.5 6.2)."""
 
 TOLD = {
     "between": "lie between slices and are taken to the nearest",
@@ -101,14 +98,6 @@ def write(
     if not regions.labels:
         return None
     path = Path(path)
-    largest = max(label.value for label in regions.labels)
-    if largest > LARGEST_NUMBER:
-        raise InputError(
-            f"The number of a structure is at most {LARGEST_NUMBER}, and the labels have {largest}. Write a binary "
-            "SEG, which numbers them from 1.",
-            path=path,
-            reason="label_values",
-        )
     sources = headers(slices)
     with referring(path, slices):
         data = _structure_set(regions.labels, sources, algorithm)
@@ -348,11 +337,17 @@ def _frame(data: Dataset, roi: Dataset) -> str:
 
 
 def _images(data: Dataset, roi: Dataset, contours: Sequence[Dataset]) -> set[str]:
-    """Return the SOPInstanceUIDs that a structure was drawn on: as its contours say, else as its frame of reference."""
+    """Return the SOPInstanceUIDs that a structure was drawn on: as its contours say, else as its frame of reference.
+
+    Where the object lists none of the frames of reference of its structures, all that it lists counts.
+    """
     drawn = {uid for contour in contours if (uid := image_of(contour)[0])}
     if drawn:
         return drawn
     frames = data.get("ReferencedFrameOfReferenceSequence") or []
+    listed = {str(one.get("FrameOfReferenceUID") or "") for one in frames}
+    if listed.isdisjoint(_frame(data, one) for one in data.StructureSetROISequence):
+        return instances(frames)
     return instances(one for one in frames if str(one.get("FrameOfReferenceUID") or "") == _frame(data, roi))
 
 

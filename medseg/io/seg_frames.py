@@ -5,6 +5,7 @@ Source: PS3.3 C.8.20.2 and C.7.6.16.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,19 @@ def _kind(data: Dataset) -> str:
             "Export it again.",
             reason="not_seg",
         )
+    if _has_more(data, described):
+        raise InputError(
+            f"The SEG describes {described} frames and has pixels of more, which would be left out. Export it again.",
+            reason="not_seg",
+        )
     return kind
+
+
+def _has_more(data: Dataset, frames: int) -> bool:
+    """Return whether pixels that are not compressed go on for another frame behind so many; bytes come in pairs."""
+    bits = math.prod(whole(data, name) or 0 for name in ("Rows", "Columns", "BitsAllocated"))
+    behind = len(data.PixelData) - 2 * -(-bits * frames // 16)
+    return not data["PixelData"].is_undefined_length and behind > 0 and 8 * behind >= bits > 0
 
 
 def _part(values: NDArray[Any], flat: NDArray[np.intp], places: Places) -> None:

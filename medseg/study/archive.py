@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from medseg.errors import InputError, MedsegError, OutputError, UnreadableFile
 from medseg.io.dicom_file import begins_as_dicom
 from medseg.io.dicom_header import silence
-from medseg.io.dicom_lost import OTHER_ENDINGS, name_kind
+from medseg.io.dicom_lost import OTHER_ENDINGS, PARTIAL_ENDINGS, is_hidden, is_mark, name_kind
 from medseg.io.files import reading
 from medseg.io.leftovers import is_leftover, temporary_folder
 from medseg.io.packed import DICOM_ENDINGS, MOST_LOOKED_AT, PACKED_ENDINGS, holds_dicom
@@ -86,7 +86,8 @@ def unpack(path: str | PathLike[str], folder: str | PathLike[str], *, largest: i
             for number, member in enumerate(members):
                 named = PurePosixPath(_name(member))
                 home, ending = named.parent, _telling(named.name)
-                hidden = "." if named.name.startswith(".") or named.name.upper() == "DICOMDIR" else ""
+                passed_over = is_hidden(named.name) or named.name.upper() == "DICOMDIR"
+                hidden = "." if passed_over or is_mark(named.name, member.file_size) else ""
                 kind = _letters(kinds.setdefault(name_kind(named.name), len(kinds)))
                 folders.setdefault(home, Path(folder) / str(len(folders))).mkdir(exist_ok=True)
                 target = folders[home] / f"{hidden}{number}_{kind}{ending}"
@@ -110,7 +111,7 @@ def _is_wanted(name: str) -> bool:
 def _telling(name: str) -> str:
     """Return the endings of a name that say what a file is, such as .nii.gz."""
     path, found = PurePosixPath(name.lower()), ""
-    while path.suffix in DICOM_ENDINGS | OTHER_ENDINGS | PACKED_ENDINGS:
+    while path.suffix in DICOM_ENDINGS | OTHER_ENDINGS | PACKED_ENDINGS | PARTIAL_ENDINGS:
         path, found = PurePosixPath(path.stem), path.suffix + found
     return found
 
