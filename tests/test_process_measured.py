@@ -47,6 +47,29 @@ def test_a_face_that_was_taken_off_is_not_measured():
     np.testing.assert_array_equal(measured(inner), inner != 0)
 
 
+@pytest.mark.parametrize("fill", [0, 255, 4000, -7.5])
+def test_a_face_filled_with_any_value_is_not_measured(fill):
+    faceless = SCAN.copy()
+    faceless[:, 8:, :6] = fill
+    np.testing.assert_array_equal(measured(faceless), faceless != fill)
+
+
+def test_planes_of_0_within_a_scan_and_the_few_others_of_what_fills_up_are_not_measured():
+    dropped = SCAN.copy()
+    dropped[:, :, 5] = dropped[:, :, 11] = 0
+    np.testing.assert_array_equal(measured(dropped), dropped != 0)
+    stray = np.pad(SCAN, ((0, 0), (6, 0), (0, 0)), constant_values=-3)
+    stray[6:, :10, 8:] = -3
+    stray[3, 16, 3] = stray[5, 18, 4] = -3
+    np.testing.assert_array_equal(measured(stray), stray != -3)
+
+
+def test_a_wedge_of_two_voxels_at_the_border_is_not_measured():
+    turned = SCAN.copy()
+    turned[:, :6, :2] = turned[:, -5:, -2:] = 255
+    np.testing.assert_array_equal(measured(turned), turned != 255)
+
+
 def test_a_region_of_water_in_a_ct_and_saturated_bone_are_measured():
     ct = np.random.default_rng(2).normal(-100, 30, (16, 16, 16)).round()
     ct[5:10, 5:10, 5:10] = 0
@@ -80,7 +103,7 @@ def test_the_box_holds_what_any_channel_has():
 def test_solid_regions_are_an_opening_and_what_is_near_it(seed, shape, density):
     mask = np.random.default_rng(seed).random(shape) < density
     cube = np.ones((3, 3, 3), bool)
-    expected = ndimage.binary_erosion(mask, cube)
+    expected = ndimage.binary_erosion(mask, cube, border_value=1)
     for _ in range(1 + NEAR):
         expected = ndimage.binary_dilation(expected, cube) & mask
     np.testing.assert_array_equal(_solid(mask), expected)

@@ -22,11 +22,14 @@ Box = tuple[slice, slice, slice]
 SMALLEST_PLANE = 9
 """Voxels of a plane, at least, that have one value by more than chance."""
 
-CORNERS = 4
-"""Corners of a scan, at least, that have the value which fills it up: those of one side."""
+CORNERS = 2
+"""Corners of a scan, at least, that have the value which fills it up: those of one edge, as where a face was."""
 
 NEAR = 3
 """Steps from a solid region within which a voxel of its value belongs to it: thin ends of corners."""
+
+FEW = 0.05
+"""Of as many voxels as are filled up, so many others of that value are filled up too, wherever they lie."""
 
 LAYERS = 4
 """Fillings that lie within each other: a scan with a round field of view that was padded has two."""
@@ -35,9 +38,9 @@ LAYERS = 4
 def measured(channel: Channel) -> Mask | None:
     """Return where a channel (I, J, K) was measured; None where that is everywhere.
 
-    Not measured are outer planes of one value, whatever it is, and solid regions (that cubes of 3 x 3 x 3 voxels make
-    up) of the least value, or of a value that reaches the border and is 0 or that of most corners. A channel in which
-    that leaves fewer than two values counts as measured everywhere.
+    Not measured are outer planes of one value, whatever it is; and of the least value, of 0 and of a value of two
+    corners whole planes, and solid regions (that cubes of 3 x 3 x 3 voxels make up). Regions of the last two count
+    where they reach the border. A channel in which that leaves fewer than two values counts as measured everywhere.
     """
     inside = np.ones(channel.shape, bool)
     for _ in range(LAYERS):
@@ -85,26 +88,35 @@ def _filled(channel: Channel, inside: Mask) -> Mask:
     ends = tuple(slice(None, None, max(1, size - 1)) for size in channel.shape)
     corners, counts = np.unique(channel[ends], return_counts=True)
     others = {0} if most != 0 else set()
-    others |= {corners[counts.argmax()]} if counts.max() >= CORNERS else set()
-    for value in {least, *others}:
-        solid = _solid((channel == value) & inside)
+    for value in {least, *others, *corners[counts >= CORNERS].tolist()}:
+        mask = (channel == value) & inside
+        filled = _planes(mask)
+        solid = _solid(mask)
         if solid.any():
-            result |= solid if value == least else _at_border(solid, inside)
+            filled |= solid if value == least else _at_border(solid, inside)
+        if np.count_nonzero(mask) <= (1 + FEW) * np.count_nonzero(filled):
+            filled = mask
+        result |= filled
+    return result
+
+
+def _planes(mask: Mask) -> Mask:
+    """Return the planes, along any axis, that a mask has altogether."""
+    result = np.zeros(mask.shape, bool)
+    for axis in range(3):
+        lines, planes = (np.moveaxis(one, axis, 0) for one in (mask, result))
+        planes[lines.all(axis=(1, 2)) & (lines[0].size >= SMALLEST_PLANE)] = True
     return result
 
 
 def _solid(mask: Mask) -> Mask:
     """Return the voxels that lie in a cube of 3 x 3 x 3 voxels of the mask, and those of the mask near them.
 
-    Eight voxels are worked on at a time, as the bits of a byte.
+    A cube may reach beyond the scan: what fills up a thin wedge at its border goes on there. Eight voxels are worked on
+    at a time, as the bits of a byte.
     """
     bits, length = np.packbits(mask, axis=-1), mask.shape[-1]
-    result = ~_grown(~bits)
-    for face in (0, -1):  # a cube lies within the scan
-        result[face] = result[:, face] = 0
-    within = np.ones(length, bool)
-    within[[0, -1]] = False
-    result &= np.packbits(within)
+    result = ~_grown(np.packbits(~mask, axis=-1)) & bits
     for _ in range(1 + NEAR if result.any() else 0):
         result = _grown(result) & bits
     return np.unpackbits(result, axis=-1, count=length).view(bool)
