@@ -210,11 +210,34 @@ class TestEvaluateFolder:
         assert (lines[2]["failure"], float(lines[2]["dice"])) == ("", 0.75)
         assert lines[3]["dice"] == ""
 
-    def test_without_a_table_the_values_of_the_references_are_scored(self, folders: tuple[Path, Path]) -> None:
+    def test_without_a_table_the_values_of_references_and_predictions_are_scored(
+        self, folders: tuple[Path, Path]
+    ) -> None:
         save(labels_of("44....", "......"), folders[1] / "lost.nii.gz")
         scores = evaluate_folder(*folders)
-        assert list(scores.label_means) == [1, 2, 4]
-        assert [score.name for score in scores.cases[0].labels] == ["label 1", "label 2", "label 4"]
+        assert list(scores.label_means) == [1, 2, 3, 4]  # 3 is in a prediction alone
+        assert [score.name for score in scores.cases[0].labels] == ["label 1", "label 2", "label 3", "label 4"]
+
+    def test_without_a_table_what_is_nowhere_in_the_references_was_invented(self, folders: tuple[Path, Path]) -> None:
+        save(labels_of("77....", "......"), folders[0] / "lost.nii.gz")
+        scores = evaluate_folder(*folders)
+        assert scores.label_counts[7] == {"cases": 1, "surface_cases": 1, "missed": 0, "invented": 1}
+        assert scores.label_means[7]["dice"] == 0
+        for file in folders[1].glob("[a-z]*"):
+            save(labels_of("......", "......"), file)
+        assert evaluate_folder(*folders).to_dict()["mean"]["invented"] == 4  # 1 to 3 in "good", 7 in "lost"
+
+    def test_too_little_in_one_case_and_too_much_in_another_are_errors_of_volume(self) -> None:
+        less, more = labels_of("1.....", "......"), labels_of("111111", "......")
+        truth = labels_of("111...", "......")
+        liver = TABLE[:1]
+        scores = Scores(
+            tuple(
+                CaseScores(name, tuple(compare_labels(one, truth, liver))) for name, one in (("a", less), ("b", more))
+            )
+        )
+        assert scores.mean["volume_error_ml"] == pytest.approx(2.5 * REFERENCE.grid.voxel_mm3 / 1000)
+        assert scores.mean["volume_difference_ml"] == pytest.approx(0.5 * REFERENCE.grid.voxel_mm3 / 1000)
 
     def test_refuses_a_reference_that_cannot_be_read(self, folders: tuple[Path, Path]) -> None:
         reference = folders[1] / "good.nii.gz"

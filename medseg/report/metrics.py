@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -31,7 +32,7 @@ from medseg.report.surfaces import compare_surfaces
 from medseg.volume import Volume
 
 COUNTS = ("true_positives", "false_positives", "false_negatives")
-VOLUMES = ("volume_reference_ml", "volume_predicted_ml", "volume_difference_ml")
+VOLUMES = ("volume_reference_ml", "volume_predicted_ml", "volume_difference_ml", "volume_error_ml")
 SURFACES = ("surface_dice", "hd95_mm", "mean_surface_mm")
 SCORES = ("dice", "iou", "precision", "recall", *VOLUMES, *SURFACES)
 
@@ -99,6 +100,11 @@ class LabelScore:
     def volume_difference_ml(self) -> float:
         """Predicted minus reference volume in ml, positive where too much was found; never NaN."""
         return (self.false_positives - self.false_negatives) * self.voxel_mm3 / 1000
+
+    @property
+    def volume_error_ml(self) -> float:
+        """How far the volumes are apart in ml, whichever is larger: of too little and too much no mean is 0."""
+        return abs(self.volume_difference_ml)
 
     def to_dict(self) -> dict[str, Any]:
         """Return value, name, counts and scores as JSON takes them."""
@@ -264,15 +270,15 @@ def evaluate_folder(
     """Return the scores of every reference NAME.nii.gz (.nii, .nrrd, .mha), set against the prediction of that NAME.
 
     A prediction that is missing, unreadable or on another grid is a failed case; one without a reference is not looked
-    at. Without a label table, every value that occurs in some reference is scored, as "label N". `members` and `ignore`
-    are those of `compare_labels`.
+    at. Without a label table, every value that occurs in some reference, or in the prediction of one, is scored, as
+    "label N": what is nowhere in the references was invented. `members` and `ignore` are those of `compare_labels`.
     Raises UsageError for what is no folder, DatasetError for a folder without references or with one NAME twice,
     InputError for a reference that cannot be read.
     """
     given, wanted = _files_by_name(Path(predictions)), _files_by_name(Path(references))
     if not wanted:
         raise DatasetError(f"The folder of references holds no {', '.join(VOLUME_ENDINGS)} file.", path=references)
-    table = _labels_in(wanted.values()) if labels is None else labels
+    table = _labels_in(wanted, given) if labels is None else labels
     compare = partial(compare_labels, labels=table, tolerance_mm=tolerance_mm, members=members, ignore=ignore)
     return Scores(tuple(_score_case(name, given.get(name), file, compare) for name, file in wanted.items()))
 
@@ -333,8 +339,12 @@ def _load_labels(path: Path) -> Volume:
         return volume.with_array(label_map(volume)[np.newaxis])
 
 
-def _labels_in(references: Iterable[Path]) -> tuple[Label, ...]:
-    return make_labels({(found.value, found.name) for path in references for found in measure(_load_labels(path), ())})
+def _labels_in(references: Mapping[str, Path], predictions: Mapping[str, Path]) -> tuple[Label, ...]:
+    found = {(one.value, one.name) for path in references.values() for one in measure(_load_labels(path), ())}
+    for path in (predictions[name] for name in references if name in predictions):
+        with suppress(MedsegError):  # that case has failed, and will be scored so
+            found |= {(one.value, one.name) for one in measure(_load_labels(path), ())}
+    return make_labels(found)
 
 
 def _files_by_name(folder: Path) -> dict[str, Path]:
