@@ -42,7 +42,10 @@ def at(x, y=0.0, z=0.0, half=1.0):
         ("nerka lewa", "nerka prawa"), ("vänster njure", "höger njure"),
         ("левая почка", "правая почка"), ("左肾", "右肾"),
         ("LV", "RV"), ("L1", "R1"),
-        ("왼쪽 신장", "오른쪽 신장"),
+        ("왼쪽 신장", "오른쪽 신장"), ("좌측 신장", "우측 신장"),
+        ("Nierelinks", "Niererechts"), ("rein gche", "rein dt"), ("nerka L", "nerka P"),
+        ("ľavá oblička", "pravá oblička"), ("ronyó esquerre", "ronyó dret"), ("ліва нирка", "права нирка"),
+        ("الكلية اليسرى", "الكلية اليمنى"), ("eye_OD", "eye_OS"),
     ],
 )  # fmt: skip
 def test_names_that_differ_in_a_side_alone_are_two_sides(left, right):
@@ -50,11 +53,13 @@ def test_names_that_differ_in_a_side_alone_are_two_sides(left, right):
     assert side_by_name(labels(right, "spleen", left)) is not None
 
 
-def test_a_word_says_a_side_by_itself_and_a_letter_does_not():
+def test_a_word_says_a_side_by_itself_and_so_does_a_letter_at_either_end():
     assert side_by_name(labels("kidney_left")) == "kidney_left says a side"
     assert side_by_name(labels("rein gauche")) == "rein gauche says a side"
-    assert side_by_name(labels("Parotid_L", "Parotid_R")) == "Parotid_L and Parotid_R differ in the side alone"
-    assert side_by_name(labels("Parotid_L", "Eye_R", "SpinalCord")) is None
+    assert side_by_name(labels("SpinalCord", "Parotid_L")) == "Parotid_L says a side"
+    assert side_by_name(labels("SpinalCord", "Rt Kidney")) == "Rt Kidney says a side"
+    assert side_by_name(labels("LKidney", "RKidney")) == "LKidney and RKidney differ in the side alone"
+    assert side_by_name(labels("L", "spleen")) is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,7 @@ def test_a_word_says_a_side_by_itself_and_a_letter_does_not():
         ("vertebrae_L1", "vertebrae_L2", "vertebrae_T1"), ("liver", "spleen", "tumor"),
         ("1", "2", "11"), ("cleft", "bright spot"),
         ("anterior", "posterior"), ("lateral", "medial"), ("A", "B", "C"),
-        ("core", "edema", "rim"), ("lens", "lung", "rib"),
+        ("core", "edema", "rim"), ("lens", "lung", "rib"), ("Left_over", "leftover", "upright"),
     ],
 )  # fmt: skip
 def test_names_without_a_side_have_none(names):

@@ -17,20 +17,28 @@ from medseg.labels import Label
 from medseg.volume import Grid
 
 SIDED = re.compile(
-    r"(?<!c)left|(?<!b)right|[左右]|왼쪽|오른쪽|\b(links|linke|rechts|rechte|gauche|droit|izquierd|derech|sinist|dexter|"
-    r"dextr|destr[ao]\b|esquerd|direit|venstre|h[øo]jre|høyre|vanster|vanstra|hoger|hogra|лев|прав|αριστερ|δεξι)"
+    r"(?<!\bc)left(?! ?over)|(?<!\bb)(?<!\bup)(?<!\bcopy)(?<!\bf)right|[左右]|왼쪽|오른쪽|좌측|우측|שמאל|ימין|"
+    r"يسار|يمين|ايسر|ايمن|يسرى|يمنى|(links|rechts)\b|"
+    r"\b(links|linke|rechts|rechte|gauche|droit|izquierd|derech|sinist|dexter|dextr|destr[ao]\b|esquerr|dret\b|"
+    r"esquerd|direit|dereit|venstre|h[øo]jre|høyre|vanster|vanstra|hoger|hogra|vinstri|haegri|kiri\b|kanan|"
+    r"лев|лив[аеиоу]|прав|αριστερ|δεξι)"
 )
 """Words that say a side by themselves, in names without accents, in small letters and with spaces between words."""
 
 LEFT = frozenset({
     "l", "lt", "lft", "lh", "li", "g", "s", "sx", "sin", "sn", "izq", "izda", "izdo", "esq", "lewy", "lewa", "lewe",
-    "levy", "leva", "leve", "lijevi", "lijeva", "sol", "stang", "stanga", "bal", "vasen",
+    "levy", "leva", "leve", "lavy", "lava", "lave", "lijevi", "lijeva", "levi", "sol", "stang", "stanga", "bal",
+    "vasen", "gch", "gche", "os", "좌",
 })  # fmt: skip
 RIGHT = frozenset({
     "r", "rt", "rgt", "rh", "re", "d", "dx", "dxt", "dex", "dext", "der", "dcha", "dcho", "dir", "prawy", "prawa",
-    "prawe", "pravy", "prava", "prave", "desni", "desna", "sag", "drept", "dreapta", "jobb", "oikea",
+    "prawe", "pravy", "prava", "prave", "desni", "desna", "sag", "drept", "dreapta", "jobb", "oikea", "p", "dt", "dte",
+    "drt", "des", "od", "우",
 })  # fmt: skip
 """Words and letters that say a side where another label differs from it in such a word alone."""
+
+ALONE = frozenset({"l", "r", "lt", "rt", "lh", "rh"})
+"""Those that say a side as the first or last word of a name of several, as in TG-263, though no other has its twin."""
 
 MOST = 0.9
 """Share of the cases in which labels lie on one side that makes it a rule: contours have errors."""
@@ -82,7 +90,7 @@ def _place(slices: Sequence[NDArray[np.int_]], grid: Grid) -> LabelPlace:
 
 
 def side_by_name(labels: Sequence[Label]) -> str | None:
-    """Return why names of labels speak of sides: a word such as "left" in one, or two that differ in a side alone."""
+    """Return why names of labels speak of sides: "left" or "_L" in one, or two that differ in a side alone."""
     words = {label.name: _words(label.name) for label in labels}
     sided = next((name for name, some in words.items() if SIDED.search(" ".join(some))), None)
     if sided:
@@ -93,7 +101,14 @@ def side_by_name(labels: Sequence[Label]) -> str | None:
             twin, other = seen.setdefault(rest, (name, is_left))
             if other != is_left:
                 return f"{twin} and {name} differ in the side alone"
-    return None
+    alone = next((name for name, some in words.items() if _ends_in_a_side(some)), None)
+    return f"{alone} says a side" if alone else None
+
+
+def _ends_in_a_side(words: Sequence[str]) -> bool:
+    if len(words) < 2:
+        return False
+    return words[-1] in ALONE or (words[0] in ALONE and words[1].isalpha())  # L1 is a vertebra
 
 
 def _words(name: str) -> list[str]:
