@@ -16,6 +16,7 @@ from pydicom.uid import ImplicitVRLittleEndian
 from medseg.errors import InputError, SeriesRefused, UnreadableFile
 from medseg.io.dicom_geometry import LARGEST_GAP_MM, stack_measures
 from medseg.io.dicom_series import find_series, read, read_series
+from medseg.io.dicom_slice import VARIANTS
 from medseg.study.archive import opened, unpack
 from medseg.study.cohort import find_cohort
 from medseg.study.describe import describe_studies, series_names
@@ -69,6 +70,41 @@ class TestStacks:
         assert [one.n_slices for one in series] == [5, 5]
         with pytest.raises(SeriesRefused, match="more than one stack"):
             read(tmp_path)
+
+    @pytest.mark.parametrize(("first", "second"), [(5.0049, 5.0051), (5.0051, 5.0049), (5, 5.0009), (5, 5)])
+    def test_positions_on_both_sides_of_a_half_are_one(self, tmp_path, first, second):
+        heights = [0, 2.5, first, 7.5, 10, second]
+        write_series(
+            tmp_path,
+            range(6),
+            each=lambda k: {"EchoTime": 5 + (k == 5), "ImagePositionPatient": [0, 0, heights[int(k)]]},
+        )
+        series = series_of(tmp_path)
+        assert [one.n_slices for one in series] == [5, 1]
+        assert series[0].verdict == "accepted"
+
+    @pytest.mark.parametrize(
+        ("name", "spellings"),
+        [
+            ("EchoTime", ("2.46", "2.460")),
+            ("EchoNumbers", ("1", "01")),
+            ("TriggerTime", ("0", "-0.0")),
+            ("InversionTime", ("900", "9e2")),
+            ("AcquisitionTime", ("101010", "101010.000000")),
+            ("AcquisitionNumber", ("+4", "4")),
+        ],
+    )
+    def test_one_number_in_two_spellings_is_one(self, tmp_path, name, spellings):
+        def each(k: float) -> dict:
+            own = {} if name == "EchoTime" else {"EchoTime": 5 if k < 5 else 10}
+            return echoes(k) | own | {name: spellings[int(k) % 2]}
+
+        write_series(tmp_path, range(10), each=each, EchoTime=None)
+        series = series_of(tmp_path)
+        place = VARIANTS.index(name)
+        assert {part.variants[place] for one in series for part in one.slices} == {series[0].slices[0].variants[place]}
+        if name != "EchoTime":
+            assert [(one.verdict, one.n_slices) for one in series] == [("accepted", 5)] * 2
 
     def test_two_elements_together_part_four_stacks(self, tmp_path):
         write_series(

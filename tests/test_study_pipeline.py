@@ -144,6 +144,30 @@ class TestChoice:
         numbers, _, refusal = chosen(study, rule)
         assert (numbers, refusal) == ([number], None)
 
+    @pytest.mark.parametrize("sizes", [(0.625, 0.6249), (0.6249, 0.625), (0.6251, 0.625), (1, 1.0099), (0.995, 1.0049)])
+    def test_lengths_that_nearly_agree_are_no_reason(self, tmp_path, sizes):
+        for number, size in enumerate(sizes, start=1):
+            own = {"PixelSpacing": [size, size], "StudyInstanceUID": "1.2.3", "SeriesNumber": number}
+            write_series(tmp_path / str(number), range(6 + number), step_mm=(0, 0, size), **own)
+        for name in ("thin_slices", "fine_pixels"):
+            assert chosen(tmp_path, {"prefer": [name, "more_slices"]})[0] == ["2"]
+            assert chosen(tmp_path, {"prefer": [name]})[0] == ["1"]
+
+    @pytest.mark.parametrize(("sizes", "number"), [((0.64, 0.625), "2"), ((0.625, 0.64), "1")])
+    def test_lengths_that_differ_are_a_reason(self, tmp_path, sizes, number):
+        for place, size in enumerate(sizes, start=1):
+            own = {"PixelSpacing": [size, size], "StudyInstanceUID": "1.2.3", "SeriesNumber": place}
+            write_series(tmp_path / str(place), range(8), step_mm=(0, 0, size), **own)
+        for name in ("thin_slices", "fine_pixels"):
+            assert chosen(tmp_path, {"prefer": [name]})[0] == [number]
+
+    @pytest.mark.parametrize(
+        ("size", "fits"), [(1.2496, True), (1.2504, True), (1.2505, True), (1.26, False), (1.24, False)]
+    )
+    def test_a_range_has_room_for_rounding(self, tmp_path, size, fits):
+        write_series(tmp_path, range(6), PixelSpacing=[size, size], SeriesNumber=1)
+        assert chosen(tmp_path, {"in_plane_mm": [1.25, 1.25]})[0] == (["1"] if fits else [None])
+
     def test_every_series_has_its_reason(self, study):
         _, (reasons,), _ = chosen(study, {"orientation": ["axial"], "prefer": ["thin_slices"]})
         assert reasons == (

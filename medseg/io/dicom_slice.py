@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from decimal import Decimal
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,9 @@ VARIANTS = (
     "ContentTime",
 )
 """What may tell apart several stacks in one series, the most telling first."""
+
+TEXTS = frozenset({"ImageType", "StackID", "ContrastBolusAgent", "ConvolutionKernel"})
+"""Those of them that are no numbers and no times."""
 
 HEADER_TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
@@ -178,7 +182,7 @@ def _slice(path: Path, frame: int, header: Header, description: str, pixels: Loc
         description=description,
         contrast=header.text("ContrastBolusAgent").upper() not in {"", "NO", "NONE"},
         is_localizer="LOCALIZER" in header.text("ImageType").split("\\"),
-        variants=tuple(header.text(name) for name in VARIANTS),
+        variants=tuple(_variant(header, name) for name in VARIANTS),
         shape=(_count(header.number("Columns")), _count(header.number("Rows"))),
         plane=plane,
         thickness_mm=next(iter(thicknesses), math.nan),
@@ -190,6 +194,20 @@ def _slice(path: Path, frame: int, header: Header, description: str, pixels: Loc
         problem=slice_problem(header, pixels.kind, placed=plane is not None) or pixels.problem,
         native=pixels.native,
     )
+
+
+def _variant(header: Header, name: str) -> str:
+    text = header.text(name)
+    return text if not text or name in TEXTS else _spelled(text)
+
+
+@lru_cache(4096)
+def _spelled(text: str) -> str:
+    """Return numbers and times in one spelling for each: 2.46 and 2.460, 1 and 01 are the same."""
+    try:
+        return "\\".join(str((Decimal(part) + 0).normalize()) for part in text.split("\\"))
+    except ArithmeticError:  # none, or none to compute with
+        return text
 
 
 def _count(number: float) -> int:

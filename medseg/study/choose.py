@@ -18,6 +18,12 @@ from medseg.volume import Grid
 PLANES = ("sagittal", "coronal", "axial")
 """The plane across each axis of world space."""
 
+SAME_LENGTH_MM = 0.01
+"""Spacings that differ by no more are no reason to prefer one: 0.625 and 0.6249 mm."""
+
+ROUNDING_MM = 1e-3
+"""How far a length may lie beyond the end of a range that a rule states."""
+
 Preferred = Callable[[Series], float]
 
 
@@ -82,11 +88,12 @@ def _choose(
         reasons.append(f"not taken: {misfit}" if misfit else "")
     if not fitting:
         return Choice(rule.name, None, tuple(reasons)), _no_series(rule, reasons, would_fit)
-    ranked = sorted(fitting, key=lambda one: _rank(one, rule))
-    for one in fitting:
-        place = series.index(one)
-        reasons[place] = "taken" if one is ranked[0] else f"not taken: {_why_not(ranked[0], one, rule)}"
-    return Choice(rule.name, ranked[0], tuple(reasons)), None
+    ranks = _ranks(fitting, rule)
+    best = min(range(len(fitting)), key=lambda place: (*ranks[place], _number(fitting[place])))
+    for one, rank in zip(fitting, ranks, strict=True):
+        why = "taken" if one is fitting[best] else f"not taken: {_why_not(ranks[best], rank, rule)}"
+        reasons[series.index(one)] = why
+    return Choice(rule.name, fitting[best], tuple(reasons)), None
 
 
 def _misfit(series: Series, rule: Rule) -> str | None:
@@ -124,8 +131,18 @@ def plane_of(grid: Grid) -> str:
     return PLANES[int(np.abs(normal).argmax())]
 
 
-def _rank(series: Series, rule: Rule) -> tuple[float, ...]:
-    return (*(_key(preference)(series) for preference in rule.prefer), _number(series))
+def _ranks(fitting: Sequence[Series], rule: Rule) -> list[tuple[int, ...]]:
+    """Return for each series how well it meets each preference, 0 best; lengths that nearly agree rank the same."""
+    columns = [_levels([_key(preference)(one) for one in fitting]) for preference in rule.prefer]
+    return [tuple(column[place] for column in columns) for place in range(len(fitting))]
+
+
+def _levels(values: Sequence[float]) -> list[int]:
+    ends: list[float] = []
+    for value in sorted(values):
+        if not ends or value > ends[-1]:
+            ends.append(value + SAME_LENGTH_MM)
+    return [sum(value > end for end in ends) for value in values]
 
 
 def _key(preference: str | Wanted) -> Preferred:
@@ -134,8 +151,8 @@ def _key(preference: str | Wanted) -> Preferred:
         pattern = preference.description
         return lambda one: not _matches(pattern, one)
     keys: dict[str, Preferred] = {
-        "thin_slices": lambda one: round(_grid(one).spacing_mm[2], 2),
-        "fine_pixels": lambda one: round(max(_grid(one).spacing_mm[:2]), 2),
+        "thin_slices": lambda one: _grid(one).spacing_mm[2],
+        "fine_pixels": lambda one: max(_grid(one).spacing_mm[:2]),
         "more_slices": lambda one: -one.n_slices,
         "contrast": lambda one: not one.contrast,
         "no_contrast": lambda one: one.contrast,
@@ -145,9 +162,9 @@ def _key(preference: str | Wanted) -> Preferred:
     return keys[preference]
 
 
-def _why_not(winner: Series, other: Series, rule: Rule) -> str:
-    for preference in rule.prefer:
-        if _key(preference)(winner) < _key(preference)(other):
+def _why_not(winner: Sequence[int], other: Sequence[int], rule: Rule) -> str:
+    for preference, best, own in zip(rule.prefer, winner, other, strict=True):
+        if best < own:
             name = preference if isinstance(preference, str) else "a description"
             return f"another fits better by {name.replace('_', ' ')}"
     return "another fits as well and has the lower series number, or comes first"
@@ -183,7 +200,7 @@ def _matches(pattern: str, series: Series) -> bool:
 
 
 def _within(value: float, ends: Range | None) -> bool:
-    return ends is None or ends[0] <= round(value, 3) <= ends[1]
+    return ends is None or ends[0] - ROUNDING_MM <= value <= ends[1] + ROUNDING_MM
 
 
 def _grid(series: Series) -> Grid:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import MedsegError
-from medseg.io.dicom_geometry import parallel
+from medseg.io.dicom_geometry import SAME_POSITION_MM, parallel
 from medseg.io.dicom_lost import lost_slices
 from medseg.io.dicom_passes import find_passes
 from medseg.io.dicom_pixels import PIXEL_REASONS
@@ -168,5 +168,10 @@ def _partings(stack: Sequence[Slice]) -> Iterator[list[list[Slice]]]:
 
 
 def _most_at_one_position(stack: Iterable[Slice]) -> int:
-    places = [tuple(np.round(part.plane[:3, 3], 2)) for part in stack if part.plane is not None]
-    return max(map(places.count, set(places)), default=0)
+    """Return how many parallel slices lie at one position along their normal, as `stack_problem` sees it."""
+    planes = np.array([part.plane for part in stack if part.plane is not None])
+    if not len(planes):
+        return 0
+    heights_mm = np.sort(planes[:, :3, 3] @ planes[0, :3, 2])
+    ends = np.flatnonzero(np.diff(heights_mm) > SAME_POSITION_MM) + 1
+    return int(np.diff([0, *ends, len(heights_mm)]).max())
