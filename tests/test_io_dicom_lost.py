@@ -166,6 +166,55 @@ class TestWhatIsMissed:
         assert study.problems or {one.verdict for one in study.series} == {"refused"}
 
 
+class TestSlicesThatNameNothing:
+    """The last slice of six lacks what says where it belongs: without it the scan would be short."""
+
+    @pytest.mark.parametrize("name", ["StudyInstanceUID", "Modality"])
+    @pytest.mark.parametrize("value", ["", None])
+    def test_the_others_say_it(self, tmp_path: Path, name: str, value: str | None) -> None:
+        tags = {"StudyInstanceUID": "1.2.1", "SeriesInstanceUID": "1.3.1", "Modality": "CT"}
+        write_series(tmp_path, range(6), **tags, each=lambda k: {name: value} if k == 5 else {})
+        assert read(tmp_path).grid.shape[2] == 6
+        (study,) = find_studies(tmp_path)
+        assert [(one.n_slices, one.modality, one.verdict) for one in study.series] == [(6, "CT", "accepted")]
+        (entry,) = find_cohort(tmp_path)
+        assert (study.uid, entry.uid, len(entry.files)) == ("1.2.1", "1.2.1", 6)
+
+    @pytest.mark.parametrize("value", ["", None])
+    def test_the_series_is_not_guessed(self, tmp_path: Path, value: str | None) -> None:
+        tags = {"StudyInstanceUID": "1.2.1", "SeriesInstanceUID": "1.3.1"}
+        write_series(tmp_path, range(6), **tags, each=lambda k: {"SeriesInstanceUID": value} if k == 5 else {})
+        with pytest.raises(UnreadableFile, match="does not state its SeriesInstanceUID") as caught:
+            read(tmp_path)
+        assert caught.value.reason == "missing_attribute"
+        (study,) = find_studies(tmp_path)
+        assert [problem.path for problem in study.problems] == [caught.value.path]
+
+    def test_other_objects_may(self, tmp_path: Path) -> None:
+        write_series(tmp_path / "new", range(6), StudyInstanceUID="1.2.1", SeriesInstanceUID="1.3.1")
+        for name, tags in {
+            "report": {
+                "Modality": "SR",
+                "Rows": None,
+                "Columns": None,
+                "PixelData": None,
+                "ImagePositionPatient": None,
+            },
+            "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        }.items():
+            write_series(tmp_path / name, [0], StudyInstanceUID="1.2.1", SeriesInstanceUID="", **tags)
+            next((tmp_path / name).iterdir()).rename(tmp_path / "new" / name)
+        assert read(tmp_path).grid.shape[2] == 6
+
+    def test_of_two_studies_in_a_folder_none_is_guessed(self, tmp_path: Path) -> None:
+        for number, uid in enumerate(("1.2.1", "1.2.2", "")):
+            write_series(tmp_path / str(number), StudyInstanceUID=uid)
+            for file in (tmp_path / str(number)).iterdir():
+                file.rename(tmp_path / f"{number}_{file.name}")
+        assert sorted(study.uid for study in find_studies(tmp_path)) == ["", "1.2.1", "1.2.2"]
+        assert sorted(entry.uid for entry in find_cohort(tmp_path)) == ["", "1.2.1", "1.2.2"]
+
+
 class TestWhatIsNotMissed:
     @pytest.mark.parametrize(
         ("name", "content"),

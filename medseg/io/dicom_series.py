@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import InputError, SeriesRefused, UnreadableFile, UsageError
-from medseg.io.dicom_geometry import Problem, order_along_normal, regular_stack, stack_affine, stack_problem
+from medseg.io.dicom_geometry import Problem, order_along_normal, parallel, regular_stack, stack_affine, stack_problem
 from medseg.io.dicom_lost import lost_slices
 from medseg.io.dicom_passes import find_passes, may_be_passes
 from medseg.io.dicom_pixels import Native, read_pixels
@@ -81,8 +81,8 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
 
     Files of any name count; DICOMDIR and what certainly is no slice are passed over. Files with a blank
     SeriesInstanceUID count as one series per folder. The path of a file stands for that file alone.
-    Raises UnreadableFile where the path is missing, a file is DICOM but its header is cut off, or one that is not DICOM
-    could be a slice, see `lost_slices`.
+    Raises UnreadableFile where the path is missing, a file is DICOM but its header is cut off, one that is not DICOM
+    could be a slice, see `lost_slices`, or one that names no series could be a slice of one, see `nameless_slices`.
     """
     groups: dict[tuple[str, Path | None], list[Slice]] = {}
     others = []
@@ -92,9 +92,36 @@ def find_series(folder: str | os.PathLike[str]) -> list[Series]:
             others.append(path)
         for part in parts:
             groups.setdefault((part.series_uid, None if part.series_uid else path.parent), []).append(part)
-    for lost in lost_slices(others, [part.path for slices in groups.values() for part in slices]):
+    found = [part for slices in groups.values() for part in slices]
+    for lost in (*lost_slices(others, [part.path for part in found]), *nameless_slices(found)):
         raise lost
     return [make_series(slices) for slices in groups.values()]
+
+
+def nameless_slices(slices: Sequence[Slice]) -> list[UnreadableFile]:
+    """Return an error for each slice without a SeriesInstanceUID that lies beside those of a series like it."""
+    nameless = [part for part in slices if not part.series_uid and part.plane is not None]
+    if not nameless:
+        return []
+    named: dict[Path, list[Slice]] = {}
+    for part in slices:
+        if part.series_uid and part.plane is not None:
+            named.setdefault(part.path.parent, []).append(part)
+    text = (
+        "A slice does not state its SeriesInstanceUID and lies beside slices of a series that it may belong to. "
+        "Export the series again, or move the slice elsewhere."
+    )
+    return [
+        UnreadableFile(text, path=part.path, reason="missing_attribute")
+        for part in nameless
+        if any(_could_be_one(part, other) for other in named.get(part.path.parent, ()))
+    ]
+
+
+def _could_be_one(part: Slice, other: Slice) -> bool:
+    if part.plane is None or other.plane is None or part.shape != other.shape:
+        return False
+    return part.is_localizer == other.is_localizer and parallel(part.plane, other.plane, part.shape)
 
 
 def choose(
@@ -215,7 +242,7 @@ def make_series(slices: Sequence[Slice]) -> Series:
         uid=first.series_uid,
         number=first.series_number,
         frame_of_reference_uid=next(filter(None, (part.frame_of_reference_uid for part in slices)), ""),
-        modality=first.modality,
+        modality=next(filter(None, (part.modality for part in slices)), ""),
         description=first.description,
         contrast=any(part.contrast for part in slices),
         thickness_mm=first.thickness_mm,

@@ -15,7 +15,7 @@ from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
 from medseg.study.archive import is_archive, study_uid
 from medseg.study.headers import all_headers, all_study_uids
-from medseg.study.homes import homes
+from medseg.study.homes import homes, shared_uids
 from medseg.study.listing import listed
 
 
@@ -52,16 +52,19 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     archives = {file for file in files if is_archive(file)}
     groups: dict[str, list[Path]] = {f"archive {_below(file, root)}": [file] for file in sorted(archives)}
     others = []
-    for file, uid in all_study_uids([file for file in files if file not in archives]):
-        if uid is None:
+    stated: list[tuple[Path, str]] = []
+    for file, found in all_study_uids([file for file in files if file not in archives]):
+        if found is None:
             others.append(file)
-        elif isinstance(uid, MedsegError):
-            problems.append(uid)
+        elif isinstance(found, MedsegError):
+            problems.append(found)
         else:
-            identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
-            uids[identity] = uid
-            groups.setdefault(identity, []).append(file)
-    loose = [file for identity, found in groups.items() if identity in uids for file in found]
+            stated.append((file, found))
+    for (file, _), uid in zip(stated, shared_uids(stated), strict=True):
+        identity = f"study {uid}" if uid else f"folder {_below(file.parent, root)}"
+        uids[identity] = uid
+        groups.setdefault(identity, []).append(file)
+    loose = [file for file, _ in stated]
     _add_problems(groups, [*problems, *lost_slices(others, loose)], root, unseen)
     studies = {uid: identity for identity, uid in uids.items() if uid}
     for archive in sorted(archives) if studies else ():

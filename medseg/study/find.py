@@ -14,11 +14,11 @@ from medseg.io.dicom_geometry import SAME_POSITION_MM, parallel
 from medseg.io.dicom_lost import lost_slices
 from medseg.io.dicom_passes import find_passes
 from medseg.io.dicom_pixels import PIXEL_REASONS
-from medseg.io.dicom_series import Series, make_series
+from medseg.io.dicom_series import Series, make_series, nameless_slices
 from medseg.io.dicom_slice import VARIANTS, Slice
 from medseg.io.files import reading
 from medseg.study.headers import all_headers
-from medseg.study.homes import homes
+from medseg.study.homes import homes, shared_uids
 from medseg.study.listing import listed
 
 IMAGE_TYPE = VARIANTS.index("ImageType")
@@ -28,8 +28,8 @@ IMAGE_TYPE = VARIANTS.index("ImageType")
 class Study:
     """One study: every stack of slices in it, every DICOM file of it, and what could not be read beside them.
 
-    A study with `problems` may lack a slice at its end, where no gap would tell. `uid` is "" for files that state
-    none; those of one folder make one study.
+    A study with `problems` may lack a slice at its end, where no gap would tell. Files that state no `uid` belong to
+    the study in their folder, where there is one; else those of one folder make a study, whose `uid` is "".
     """
 
     uid: str
@@ -54,7 +54,7 @@ def find_studies(path: str | PathLike[str]) -> list[Study]:
 def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) -> list[Study]:
     """Return the studies that these files belong to, as `find_studies` does; `problems` are those met before."""
     problems = [*problems]
-    found: dict[str, list[Slice]] = {}
+    slices: list[Slice] = []
     others = []
     for file, parts in all_headers(files):
         if isinstance(parts, MedsegError):
@@ -62,9 +62,11 @@ def read_studies(files: Sequence[Path], problems: Sequence[MedsegError] = ()) ->
             continue
         if not parts:
             others.append(file)
-        for part in parts:
-            found.setdefault(part.study_uid or str(file.parent), []).append(part)
-    problems += lost_slices(others, [part.path for slices in found.values() for part in slices])
+        slices += parts
+    problems += [*lost_slices(others, [part.path for part in slices]), *nameless_slices(slices)]
+    found: dict[str, list[Slice]] = {}
+    for part, uid in zip(slices, shared_uids([(part.path, part.study_uid) for part in slices]), strict=True):
+        found.setdefault(uid or str(part.path.parent), []).append(part)
     return [*_with_problems([_study(slices) for slices in found.values()], problems)]
 
 
@@ -93,7 +95,8 @@ def _study(slices: Sequence[Slice]) -> Study:
     for part in slices:
         series.setdefault((part.series_uid, None if part.series_uid else part.path.parent), []).append(part)
     stacks = [make_series(stack) for parts in series.values() for stack in split(parts)]
-    return Study(slices[0].study_uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))
+    uid = next(filter(None, (part.study_uid for part in slices)), "")
+    return Study(uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))
 
 
 def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) -> Iterator[Study]:
@@ -112,7 +115,9 @@ def _with_problems(studies: Sequence[Study], problems: Sequence[MedsegError]) ->
 
 
 def _alike(first: Slice, other: Slice) -> bool:
-    if _kind(first) != _kind(other) or len(_frames(first, other)) > 1:
+    if _kind(first) != _kind(other) or _differ(first.frame_of_reference_uid, other.frame_of_reference_uid):
+        return False
+    if _differ(first.modality, other.modality):
         return False
     if first.plane is None or other.plane is None:
         return first.plane is other.plane
@@ -130,12 +135,12 @@ def _may_lack(first: Slice, broken: Slice) -> bool:
 def _kind(part: Slice) -> tuple[object, ...]:
     # A slice whose pixels cannot be read belongs to the others: without it they are no whole scan.
     reason = part.problem.reason if part.problem and part.problem.reason not in PIXEL_REASONS else ""
-    return part.is_localizer, reason, part.modality, part.shape
+    return part.is_localizer, reason, part.shape
 
 
-def _frames(first: Slice, other: Slice) -> set[str]:
-    """Return the frames of reference that two slices state; some slices of a series leave it blank."""
-    return {first.frame_of_reference_uid, other.frame_of_reference_uid} - {""}
+def _differ(first: str, other: str) -> bool:
+    """Return whether two slices state different values; some slices of a series leave one blank."""
+    return bool(first and other and first != other)
 
 
 def _untangled(stack: list[Slice]) -> list[list[Slice]]:

@@ -6,6 +6,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
+def shared_uids(stated: Sequence[tuple[Path, str]]) -> list[str]:
+    """Return a StudyInstanceUID for each file, given with the one that it states: if blank, the only one in its folder.
+
+    It stays blank where the folder has none, or several.
+    """
+    if all(uid for _, uid in stated):
+        return [uid for _, uid in stated]
+    beside: dict[Path, set[str]] = {}
+    for file, uid in stated:
+        beside.setdefault(file.parent, set()).update({uid} - {""})
+    only = {folder: next(iter(uids)) for folder, uids in beside.items() if len(uids) == 1}
+    return [uid or only.get(file.parent, "") for file, uid in stated]
+
+
 def homes(paths: Sequence[Path], studies: Sequence[Iterable[Path]]) -> list[list[int]]:
     """Return for each path the places in `studies` of those that it may belong to; `studies` holds their files.
 
