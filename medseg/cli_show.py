@@ -34,7 +34,7 @@ LINE_S = 60.0
 SHORT, LEAST = 24, 12
 """Characters of cells that stay in one piece, and that a column of longer ones needs to fold into."""
 
-SHOWN = {"surface_dice": "surface_dice", "hd95_mm": "hd95_mm", "volume_error_ml": "volume_error_ml"}
+SHOWN = ("surface_dice", "hd95_mm", "volume_error_ml")
 """Scores that fit beside Dice into 80 columns; JSON and CSV have all of them."""
 
 
@@ -251,7 +251,7 @@ def show_scores(scores: Scores, title: str, *, as_json: bool) -> None:
         ends = (row.get("dice_low"), row.get("dice_high"))
         interval = "" if None in ends else f"{ends[0]:.3f}–{ends[1]:.3f}"
         rows.append({"label": name, "dice": row["dice"], "95 %_interval": interval})
-        rows[-1] |= {head: row[key] for head, key in SHOWN.items()}
+        rows[-1] |= {key: row[key] for key in SHOWN}
         rows[-1] |= {"cases": str(row.get("cases", "")), "missed": row["missed"]}
         rows[-1] |= {"invented": row["invented"]} if content["mean"]["invented"] else {}
     print_table(f"{title}: {count(len(scores.cases), 'case')}", rows)

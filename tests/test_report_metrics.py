@@ -59,7 +59,18 @@ def test_precision_recall_and_volumes_by_hand() -> None:
     assert (score.precision, score.recall) == (1, 0.5)
     assert score.volume_reference_ml == pytest.approx(0.04)
     assert score.volume_predicted_ml == pytest.approx(0.02)
-    assert score.volume_difference_ml == pytest.approx(-0.02)
+    assert (score.volume_difference_ml, score.volume_error_ml) == pytest.approx((-0.02, 0.02))
+
+
+def test_too_much_in_one_case_and_too_little_in_another_cancel_in_the_bias_alone() -> None:
+    # 20 mm³ too many in one case and 20 mm³ too few in the other.
+    much, little = labels_of("111111", "......"), labels_of("11....", "......")
+    cases = [
+        CaseScores(str(n), tuple(compare_labels(found, REFERENCE, TABLE[:1]))) for n, found in enumerate((much, little))
+    ]
+    mean = Scores(tuple(cases)).to_dict()["labels"][0]
+    assert mean["volume_difference_ml"] == pytest.approx(0)
+    assert mean["volume_error_ml"] == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(

@@ -98,12 +98,15 @@ class LabelScore:
 
     @property
     def volume_difference_ml(self) -> float:
-        """Predicted minus reference volume in ml, positive where too much was found; never NaN."""
+        """Predicted minus reference volume in ml, positive where too much was found; never NaN.
+
+        Its mean over cases is the bias: too much in one case and too little in another cancel.
+        """
         return (self.false_positives - self.false_negatives) * self.voxel_mm3 / 1000
 
     @property
     def volume_error_ml(self) -> float:
-        """How far the volumes are apart in ml, whichever is larger: of too little and too much no mean is 0."""
+        """The absolute difference of both volumes in ml; never NaN. Its mean over cases hides no error."""
         return abs(self.volume_difference_ml)
 
     def to_dict(self) -> dict[str, Any]:
