@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,11 @@ from medseg.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from medseg.report.metrics import Scores
     from medseg.train.run import TrainProgress
+
+UNSCORED = (
+    "All cases trained and none was kept aside, so these weights have no scores. Cross-validation says what to expect: "
+    "medseg train --fold all, with two cases or more."
+)
 
 
 def plan(
@@ -49,7 +54,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     budget: Annotated[str, typer.Option(help="Training time or steps: 30m, 8h, 20epochs, 500steps.")] = "30m",
     fold: Annotated[
         str,
-        typer.Option(help="Which part of the cases is kept aside for validation, from 0; all: one after the other."),
+        typer.Option(help="Which part of the cases is kept aside, from 0; all: one after the other; none: no case."),
     ] = "0",
     folds: Annotated[
         int | None, typer.Option(help="How many parts there are; by default as train.json says, or 5.")
@@ -63,11 +68,12 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
 
     With --fold all every fold is trained with the whole budget, and all cases are scored by the fold that has not seen
     them; the largest piece of a label is kept from then on where that was better.
+    With --fold none all cases train, and nothing is scored.
     """
     from medseg.train.loop import train_dataset
+    from medseg.train.ranks import starts_first
 
-    if fold != "all" and not fold.isdecimal():
-        raise UsageError(f"A fold is a number from 0, or all; not {fold!r}.")
+    turn = _fold_of(fold)
     with progress(as_json=as_json) as show, _told_of_interrupts():
 
         def report(now: TrainProgress) -> None:
@@ -75,23 +81,28 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             if now.stage == "train":
                 left = clock(now.seconds_left)
                 detail = f"step {now.step}  loss {now.loss:.3f}  {now.steps_per_s:.2f} steps/s  {left} left"
-            name = now.stage if fold != "all" or now.fold is None else f"fold {now.fold}: {now.stage}"
+            name = now.stage if turn != "all" or now.fold is None else f"fold {now.fold}: {now.stage}"
             show(name, now.done, detail)
 
         scores = train_dataset(
             dataset,
             model,
             budget=budget,
-            fold=None if fold == "all" else int(fold),
+            fold=turn,
             folds=folds,
             start=start,
             device=device,
             tensorboard=tensorboard,
             progress=report,
         )
-    if not scores.cases:
+    if not starts_first():
         return  # of several processes the first one has scores, and shows them
     _say_how_large(model / "cache")
+    if turn == "none":
+        err.print(UNSCORED)
+        if as_json:
+            print_json(scores.to_dict())
+        return
     show_scores(scores, f"{'All folds' if fold == 'all' else f'Fold {fold}'}, validation cases", as_json=as_json)
     if fold == "all" and not as_json:
         from medseg.io.text import read_json
@@ -100,6 +111,16 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
         rows = [row | {"largest_piece_of": ", ".join(row["largest_piece_of"])} for row in tried]
         print_table("Largest piece alone, tried on all folds", rows)
     show_failed(scores)
+
+
+def _fold_of(text: str) -> int | Literal["all", "none"]:
+    if text.isdecimal():
+        return int(text)
+    if text == "all":
+        return "all"
+    if text == "none":
+        return "none"
+    raise UsageError(f"A fold is a number from 0, all or none; not {text!r}.")
 
 
 @contextmanager
@@ -112,11 +133,11 @@ def _told_of_interrupts() -> Iterator[None]:
 
 
 def _say_how_large(cache: Path) -> None:
-    """Say what prepared cases take of the disk: those that no plan needs any more stay until somebody deletes them."""
+    """Say what prepared cases take of the disk."""
     size = sum(file.stat().st_size for file in cache.glob("*")) if cache.is_dir() else 0
     err.print(
-        f"{size / 1e6:.1f} MB of prepared cases are kept in the folder cache of the model, those of earlier plans and "
-        "files too. Delete that folder when no training needs it; cases are then prepared anew.",
+        f"{size / 1e6:.1f} MB of prepared cases are kept in the folder cache of the model for the next training. "
+        "Delete that folder when no training needs it; cases are then prepared anew.",
     )
 
 

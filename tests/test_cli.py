@@ -515,6 +515,25 @@ def test_train_all_folds(run, tmp_path):
     assert run(*command[:-1], "some")[0] == 2
 
 
+def test_one_case_is_planned_trained_on_and_evaluated(run, tmp_path):
+    dataset, model = make_balls(tmp_path / "balls", cases=1, shape=(10, 12, 10)), tmp_path / "model"
+    assert run("plan", dataset, model)[0] == 0
+    code, out, err = run("train", dataset, model, "--budget", "2steps")
+    assert (code, out) == (1, "")
+    assert "At least two cases" in err
+    assert "--fold none" in err
+    command = ("train", dataset, model, "--budget", "2steps", "--fold", "none")
+    for options, shown in (((), ""), (("--json",), [])):
+        code, out, err = run(*command, *options)
+        assert (code, json.loads(out)["cases"] if options else out) == (0, shown)
+        assert "none was kept aside" in err
+    code, out, _ = run("evaluate", model, dataset)
+    assert (code, "1 case" in out) == (0, True)
+    image, labels = dataset / "images/case_0.nii.gz", tmp_path / "found.nii.gz"
+    assert run("segment", model, image, labels)[0] == 0
+    assert run("report", image, labels, tmp_path / "volumes.csv")[0] == 0
+
+
 def test_evaluate_knows_regions_and_ignored_voxels_from_the_dataset(run, tmp_path):
     root = make_shells(tmp_path / "shells", ignore=7, cases=2)
     code, out, _ = run("evaluate", root / "labels", root / "labels", "--json")
@@ -573,6 +592,7 @@ def test_evaluate_refuses_a_dataset_of_other_labels_than_the_models(run, model_f
 
 def test_only_the_first_of_several_processes_shows_scores(run, tmp_path, monkeypatch):
     monkeypatch.setattr("medseg.train.loop.train_dataset", lambda *_, **__: Scores(()))
+    monkeypatch.setenv("RANK", "1")
     assert run("train", tmp_path, tmp_path / "model", "--fold", "all", "--json") == (0, "", "")
     assert run("train", tmp_path, tmp_path / "model", "--fold", "\N{SUPERSCRIPT TWO}")[0] == 2
     assert run("batch", "hippocampus", tmp_path, tmp_path / "out", "--shard", "\N{SUPERSCRIPT TWO}/3")[0] == 2

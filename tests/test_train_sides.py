@@ -8,9 +8,10 @@ from datasets import make_balls
 
 from medseg.io import load, save
 from medseg.labels import make_labels
+from medseg.train.begin import plan_from
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import Fingerprint, fingerprint
-from medseg.train.loop import plan_dataset, plan_from
+from medseg.train.loop import plan_dataset
 from medseg.train.planner import make_plan, mirror_axes
 from medseg.train.sides import LabelPlace, places_of, side_by_name, side_by_place
 from medseg.volume import Grid, Volume

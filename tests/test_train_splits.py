@@ -56,7 +56,7 @@ def test_without_a_list_folds_are_drawn(root):
 @pytest.mark.parametrize("listed", [PAIRS[:1], PAIRS[0]])
 def test_one_fold_is_enough_and_is_what_is_trained(root, tmp_path, listed):
     write(root, listed)
-    scores = train_dataset(root, tmp_path / "model", budget="1steps", fold=None)
+    scores = train_dataset(root, tmp_path / "model", budget="1steps", fold="all")
     assert [case.name for case in scores.cases] == ["case_0", "case_1"]
     assert TrainSettings.load(tmp_path / "model/train.json").folds == 1
 
@@ -108,7 +108,9 @@ def test_a_list_with_a_patient_on_both_sides_is_refused(root):
 
 def test_what_is_not_followed_is_said(root):
     write(root, [{"train": ["case_0"], "val": ["case_1"]}])
-    with pytest.warns(UserWarning, match=r"2 case\(s\) are in no fold of the list and are not used: case_2, case_3"):
+    with pytest.warns(
+        UserWarning, match=r"2 case\(s\) are in no fold of the list, so that no fold uses them: case_2, case_3"
+    ):
         read_dataset(root)
     (root / "splits_final.json").unlink()
     write(root, PAIRS, "../../nnUNet_preprocessed/Dataset001_Balls/splits_final.json")

@@ -52,10 +52,10 @@ def crossed(balls, plan, tmp_path_factory):
 
     root = balls.cases[0].label.parents[1]
     with pytest.raises(KeyboardInterrupt):
-        train_dataset(root, folder, budget="20steps", fold=None, folds=3, progress=stop)
+        train_dataset(root, folder, budget="20steps", fold="all", folds=3, progress=stop)
     written = (folder / "fold_0.safetensors").stat().st_mtime_ns
     seen: list[TrainProgress] = []
-    scores = train_dataset(root, folder, budget="20steps", fold=None, folds=3, progress=seen.append)
+    scores = train_dataset(root, folder, budget="20steps", fold="all", folds=3, progress=seen.append)
     assert (folder / "fold_0.safetensors").stat().st_mtime_ns == written
     assert min(now.step for now in seen if now.stage == "train" and now.fold == 1) == 3
     return folder, scores

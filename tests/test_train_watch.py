@@ -74,7 +74,7 @@ def test_a_training_leaves_a_history_with_dice_and_a_picture(balls, plan, tmp_pa
     train_model(balls, plan, tmp_path, budget="7steps", settings=FAST)
     rows = list(csv.DictReader((tmp_path / "fold_0.history.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["3", "6", "7"]
-    assert set(rows[-1]) == {*watch.COLUMNS, "dice_ball"}
+    assert set(rows[-1]) == {*watch.COLUMNS, "validation_loss", "dice_ball"}
     assert 0 <= float(rows[-1]["dice_ball"]) <= 1
     assert (tmp_path / "fold_0.progress.png").read_bytes().startswith(b"\x89PNG")
 

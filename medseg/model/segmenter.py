@@ -78,14 +78,15 @@ class Model:
         folder: str | PathLike[str],
         *,
         device: str | None = None,
-        folds: Sequence[int] | None = None,
+        folds: Sequence[int | str] | None = None,
         runtime: str | None = None,
         threads: int | None = None,
         precision: str | None = None,
     ) -> Model:
         """Return the model in a folder, or the shipped one of that name, on `device` (by default the fastest there is).
 
-        All folds that are there take part, or those in `folds`. `runtime`, `threads` and `precision` are those of
+        All weights that are there take part, or those of `folds`: numbers, or "none", which trained on all cases and
+        counts as one more fold where it has others beside it. `runtime`, `threads` and `precision` are those of
         `make_runtime`: by default OpenVINO on a CPU where it is installed, else torch.
         Raises ModelError where a file is missing, damaged, or does not fit the plan, and UsageError for an unknown
         device.

@@ -18,7 +18,6 @@ from medseg.errors import ModelError
 from medseg.io.files import check_regular, written_whole
 from medseg.model.networks import UNet, build_network
 from medseg.model.plan import Network, Plan
-from medseg.model.stored import find_model
 
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
@@ -104,25 +103,16 @@ def recipe_in(path: Path) -> str:
         return str((file.metadata() or {}).get("recipe", ""))
 
 
-def begin_with(network: nn.Module, start: str | PathLike[str]) -> None:
-    """Put the weights of a model's first fold into a network; outputs of another number of labels stay as they are.
+def begin_with(network: nn.Module, file: Path) -> None:
+    """Put weights, which lie beside their plan, into a network; outputs of another number of labels stay as they are.
 
-    Raises ModelError where the model has no weights, or anything but the outputs differs.
+    Raises ModelError where anything but the outputs differs.
     """
-    where = find_model(start)
-    given, own = state_of(load_network(Plan.load(where / "plan.json"), first_weights(where))), state_of(network)
+    given, own = state_of(load_network(Plan.load(file.parent / "plan.json"), file)), state_of(network)
     for name in given.keys() & own.keys():
         if name.startswith("outputs.") and given[name].shape != own[name].shape:
             given[name] = own[name]
-    load_state(network, given, path=where)
-
-
-def first_weights(where: Path) -> Path:
-    """Return the file of a model's first fold. Raises ModelError where the model has no weights."""
-    files = sorted(where.glob("fold_*.safetensors"))
-    if not files:
-        raise ModelError("The model to begin with has no weights.", path=where)
-    return files[0]
+    load_state(network, given, path=file)
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:

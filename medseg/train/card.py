@@ -13,6 +13,12 @@ from medseg.model.plan import Plan
 
 SCORES = "## Scores on validation cases"
 
+UNSCORED = (
+    "| none | no case was kept aside, so that these weights have no scores: those of cross-validation "
+    "(medseg train --fold all) say what to expect | | | |"
+)
+"""The row of weights that were trained on all cases."""
+
 
 def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
     """Write MODEL_CARD.md from the plan and the scores of the folds, and of all together.
@@ -22,11 +28,13 @@ def write_card(folder: Path, plan: Plan, dataset: str, cases: int) -> None:
     """
     card = folder / "MODEL_CARD.md"
     files = (*sorted(folder.glob("fold_*.scores.json")), folder / "scores.json")
+    unscored = [UNSCORED] if (folder / "fold_none.safetensors").is_file() else []
     table = [
         "",
         "| fold | label | Dice | cases with it | missed |",
         "|---|---|---|---|---|",
         *(row for file in files for row in _rows(file)),
+        *unscored,
     ]
     # What its owner wrote stays as it is, in whatever encoding.
     text = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""

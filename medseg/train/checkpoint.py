@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from medseg.errors import ModelError
 from medseg.io.files import check_regular, written_whole
 from medseg.model.weights import load_state, state_of
-from medseg.train.recipe import WAY_ON, differences
+from medseg.train.recipe import STOPPED, continued, differences
 
 FINISH, INTERRUPT = 1.0, 2.0
 
@@ -54,33 +54,38 @@ class TrainState:
         with written_whole(path) as beside:
             beside.write_bytes(serialize(tensors, {"state": json.dumps(numbers)}))
 
-    def load(self, path: Path, recipe: str) -> None:
-        """Take over the state in a file. Raises ModelError where it is damaged or of another recipe."""
+    def load(self, path: Path, recipe: str) -> str:
+        """Take over the state in a file; return the recipe under which it goes on (`recipe.continued`).
+
+        Raises ModelError where it is damaged or of another recipe.
+        """
         try:
             check_regular(path)
             with safe_open(path, framework="pt") as file:
                 numbers = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            self._take(path, numbers, tensors, recipe)
+            return self._take(path, numbers, tensors, recipe)
         except DAMAGED as error:
             raise ModelError(
                 "The checkpoint cannot be read. Delete it to begin this fold anew.", path=path, reason="checkpoint"
             ) from error
 
-    def _take(self, path: Path, numbers: dict[str, Any], tensors: dict[str, Tensor], recipe: str) -> None:
-        if numbers["recipe"] != recipe:
+    def _take(self, path: Path, numbers: dict[str, Any], tensors: dict[str, Tensor], recipe: str) -> str:
+        step, seconds, history = int(numbers["step"]), float(numbers["seconds"]), list(numbers["history"])
+        going_on = continued(numbers["recipe"], recipe, step)
+        if going_on is None:
             raise ModelError(
-                f"The training that was stopped is another one: {differences(numbers['recipe'], recipe)}. {WAY_ON}",
+                f"The training that was stopped is another one: {differences(numbers['recipe'], recipe)}. {STOPPED}",
                 path=path,
                 reason="checkpoint",
             )
-        step, seconds, history = int(numbers["step"]), float(numbers["seconds"]), list(numbers["history"])
         load_state(self.network, _below("network.", tensors), path=path)
         load_state(self.average, _below("average.", tensors), path=path)
         self._load_optimizer(_below("optimizer.", tensors))
         if self.scaler and "scaler" in numbers:  # not where the training began on a device without
             self.scaler.load_state_dict(numbers["scaler"])
         self.step, self.seconds, self.history = step, seconds, history
+        return going_on
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         entries: dict[int, dict[str, Tensor]] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,9 @@ FOLDS = 5
 
 FOLD_SEED = 12345
 """The seed of nnU-Net's folds, so that results on a public dataset can be compared case by case."""
+
+Fold = int | Literal["none"]
+"""Which part of the cases is kept aside, from 0; with "none" no case is, and all of them train."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,16 @@ class Dataset:
         """How many folds there are unless it is said otherwise: those that came with the dataset, or 5."""
         return len(self.splits) or FOLDS
 
-    def fold(self, fold: int, folds: int | None = None) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    def fold(self, fold: Fold, folds: int | None = None) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
         """Return the (training, validation) cases of a fold that came with the dataset, or of one of `folds` drawn.
 
         They are drawn as nnU-Net's: shuffled, on sorted groups, seed 12345. A case without a group is a group of its
-        own. Raises DatasetError where there are fewer groups than folds, other folds came with it, or no fold of that
+        own. With "none" all cases train, those in no fold of a list too, and there are no validation cases.
+        Raises DatasetError where there are fewer groups than folds, other folds came with it, or no fold of that
         number.
         """
+        if fold == "none":
+            return self.cases, ()
         folds = folds or self.folds
         if self.splits:
             return self._listed(fold, folds)
@@ -92,7 +99,8 @@ class Dataset:
             raise DatasetError(
                 f"Fold {fold} of {folds} cannot be made from {len(groups)} cases or groups of them: folds count from "
                 "0, and each needs one to validate on. At least two cases (or groups) are needed, and two folds: give "
-                "more cases, or fewer folds."
+                "more cases, or fewer folds; or keep no case aside (--fold none), and have no scores.",
+                reason="folds",
             )
         order = np.arange(len(groups))
         np.random.RandomState(FOLD_SEED).shuffle(order)

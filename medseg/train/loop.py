@@ -8,28 +8,30 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from medseg.errors import ModelError, OutputError
+from medseg.errors import ModelError, OutputError, UsageError
 from medseg.io.files import reading
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
-from medseg.model.stored import find_model
-from medseg.model.weights import first_weights, recipe_in
+from medseg.model.weights import recipe_in
 from medseg.report.metrics import Scores
+from medseg.train.begin import plan_from, warn_of_seen, weights_to_begin_with
 from medseg.train.cache import prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
-from medseg.train.dataset import Case, Dataset, missing_files, read_dataset
+from medseg.train.card import write_card
+from medseg.train.dataset import Case, Dataset, Fold, missing_files, read_dataset
 from medseg.train.feed import resident
 from medseg.train.file_hashes import FileHashes
 from medseg.train.fingerprint import Fingerprint, fingerprint, names_digest
 from medseg.train.loss import REGION_LOSSES, WITH_IGNORED
 from medseg.train.optimize import new_state, optimize
 from medseg.train.parallel import side_by_side
-from medseg.train.planner import make_plan, mirror_axes
+from medseg.train.planner import make_plan
 from medseg.train.ranks import joined
-from medseg.train.recipe import WAY_ON, differences
+from medseg.train.recipe import ENDED, differences
 from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
@@ -42,7 +44,7 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     folder: str | PathLike[str],
     *,
     budget: str = "30m",
-    fold: int | None = 0,
+    fold: Fold | Literal["all"] = 0,
     folds: int | None = None,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
@@ -51,30 +53,37 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
 ) -> Scores:
     """Return the validation scores of fold `fold` of `folds` of a dataset folder, planned and trained into `folder`.
 
-    Without a `fold` all are trained one after the other, each with the whole budget, and the scores are pooled as
-    `cross_validate` does it. What an earlier run has done is not done again.
+    With the fold "all" each of them is trained, one after the other, with the whole budget, and the scores are pooled
+    as `cross_validate` does it. With "none" no case is kept aside: all of them train, and there are no scores.
+    What an earlier run has done is not done again.
     A plan.json that is in the folder is followed, and a train.json too: edit them to decide otherwise. The number of
     folds is that of train.json, of folds that came with the dataset, or 5, unless it is given. With `start`, a model,
     its plan is followed with the labels of the dataset, and its weights are where the training begins.
     Under torchrun several processes train it together; the first one writes, validates and returns the scores.
-    Raises what `read_dataset`, `fingerprint` and `train_model` raise.
+    Raises UsageError for another word, and what `read_dataset`, `fingerprint` and `train_model` raise.
     """
     where = Path(folder)
+    if not isinstance(fold, int) and fold not in {"all", "none"}:
+        raise UsageError(f'A fold is a number from 0, "all" or "none"; not {fold!r}.')
     Budget.parse(budget)  # a word that means nothing is found before hours of looking and preparing
     with joined() as ranks:
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
             cases, plan = plan_dataset(dataset, where, start=start, device=device, progress=progress)
-            settings = _settings_for(where, folds, cases)
+            settings = _settings_for(where, folds, cases, fold)
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
-        for one in range(settings.folds) if fold is None else (fold,):
-            model = train(fold=one, tensorboard=tensorboard, progress=progress)
-            if fold is None and ranks.size == 1 and not is_scored(cases, where, one):
-                score_fold(model, cases, where, one, progress)
-        if not ranks.is_first:
+        train = partial(train, tensorboard=tensorboard, progress=progress)
+        if fold == "all":
+            for one in range(settings.folds):
+                model = train(fold=one)
+                if ranks.size == 1 and not is_scored(cases, where, one):
+                    score_fold(model, cases, where, one, progress)
+            return cross_validate(cases, where, device=device, progress=progress) if ranks.is_first else Scores(())
+        model = train(fold=fold)
+        if fold == "none" and ranks.is_first:
+            write_card(where, plan, cases.name, len(cases))
+        if fold == "none" or not ranks.is_first:
             return Scores(())
-        if fold is None:
-            return cross_validate(cases, where, device=device, progress=progress)
         return validate_fold(model, cases, where, fold=fold, progress=progress)
 
 
@@ -121,7 +130,7 @@ def _planned(where: Path, device: torch.device) -> Plan:
     return make_plan(facts, capacity)
 
 
-def _settings_for(where: Path, folds: int | None, cases: Dataset) -> TrainSettings:
+def _settings_for(where: Path, folds: int | None, cases: Dataset, fold: Fold | str) -> TrainSettings:
     """Return the recipe of a folder with a number of folds.
 
     Without one it is that of folds that came with the dataset. A train.json that says nothing of it then states it,
@@ -131,7 +140,8 @@ def _settings_for(where: Path, folds: int | None, cases: Dataset) -> TrainSettin
     if folds is None and cases.splits and "folds" not in settings.model_fields_set:
         folds = cases.folds
     if folds is not None:
-        cases.fold(0, folds)
+        if fold != "none":
+            cases.fold(0, folds)
         stated = "folds" in settings.model_fields_set or any(where.glob("fold_*"))
         settings = settings.model_copy(update={"folds": folds})
         if not stated and (where / "train.json").is_file():
@@ -159,7 +169,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     folder: str | PathLike[str],
     *,
     budget: str = "30m",
-    fold: int = 0,
+    fold: Fold = 0,
     settings: TrainSettings | None = None,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
@@ -170,8 +180,9 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
 
     `budget` is a time ("30m", "8h": of training itself, not of preparing or being switched off) or a number of steps
     ("500steps", "20epochs" of 250). The folder gets plan.json, train.json, fold_N.safetensors, fold_N.history.csv and
-    fold_N.progress.png; a fold whose weights are there is not trained again. The first weights are random, or those of
-    the model `start`. With `tensorboard` the history goes to tensorboard/fold_N, too.
+    fold_N.progress.png; a fold whose weights are there is not trained again. With the fold "none" all cases train. The
+    first weights are random, or those of the model `start`, of the same fold where it has one. With `tensorboard` the
+    history goes to tensorboard/fold_N, too.
     Raises ModelError where the folder holds another plan or weights that were trained otherwise, what is asked for
     cannot be trained, or the training diverges, what reading a case raises, and UsageError where TensorBoard is not
     installed.
@@ -181,23 +192,29 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     check_possible(dataset, plan, settings)
     where = Path(folder)
     training, validation = dataset.fold(fold, settings.folds)
+    _check_early_stop(settings, validation)
     weights = where / f"fold_{fold}.safetensors"
     with joined() as ranks:
         with ranks.first_alone():
             _claim_folder(where, plan, settings)
-            recipe = recipe_of(plan, settings, limit, training, where / "cache", start)
+            begun = None if start is None else weights_to_begin_with(start, fold)
+            if start is not None and ranks.is_first:
+                warn_of_seen(start, dataset, fold, settings.folds)
+            # How many folds there would be is nothing to weights for which no case is kept aside.
+            own = settings.model_copy(update={"folds": 0}) if fold == "none" else settings
+            recipe = recipe_of(plan, own, limit, training, where / "cache", begun)
             _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):
-            state = new_state(plan, settings, pick_device(device), start)
+            state = new_state(plan, settings, pick_device(device), begun)
             watch = Watch(where, fold, tensorboard=tensorboard) if ranks.is_first else None
             files = FoldFiles(where, fold, recipe, watch)
-            files.resume(state)
+            files = files.resumed(state)
             with ranks.first_alone():
-                looked_at = validation[:: -(-len(validation) // PROBE_CASES)] if watch else ()
+                looked_at = validation[:: -(-len(validation) // PROBE_CASES) or 1] if watch else ()
                 prepared = prepare_cases(
                     (*training, *looked_at), plan, where / "cache", progress=_in_stage("prepare", progress, fold)
                 )
-            if watch:
+            if watch and looked_at:
                 watch.probe = Probe(prepared[len(training) :], plan, settings)
             on_device = next(state.network.parameters()).device
             drawn_from = resident(prepared[: len(training)], on_device)
@@ -208,6 +225,15 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
         ranks.wait()
     # The other folds of the folder have seen the cases that this one is validated on.
     return Model.load(where, device=device, folds=(fold,))
+
+
+def _check_early_stop(settings: TrainSettings, validation: Sequence[Case]) -> None:
+    if settings.early_stop and not validation:
+        raise ModelError(
+            "early_stop looks at validation cases, and no case is kept aside: set it to 0 in train.json, or train a "
+            "fold.",
+            reason="early_stop",
+        )
 
 
 def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> None:
@@ -240,31 +266,6 @@ def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> Non
         )
 
 
-def plan_from(start: str | PathLike[str], dataset: Dataset, facts: Fingerprint | None = None) -> Plan:
-    """Return the plan of a model with the labels of a dataset, to train it further; its clean-up was of other labels.
-
-    Without its fingerprint, names alone say whether a label has a side, so that nothing may be mirrored.
-    Raises ModelError where the dataset has other channels than the model.
-    """
-    plan = Plan.load(find_model(start) / "plan.json")
-    if len(plan.channels) != len(dataset.channels):
-        raise ModelError(
-            f"The model to begin with takes {len(plan.channels)} channel(s) and the dataset has "
-            f"{len(dataset.channels)}. Give a model of the same channels, or train from the beginning.",
-            path=start,
-            reason="channels",
-        )
-    return plan.model_copy(
-        update={
-            "name": dataset.name,
-            "labels": dataset.labels,
-            "regions": dataset.meaning.regions,
-            "mirror_axes": plan.mirror_axes if mirror_axes(dataset.labels, facts.cases if facts else ()) else (),
-            "keep_largest": (),
-        }
-    )
-
-
 def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
     _make_folder(where)
     for name, content in (("plan.json", plan), ("train.json", settings)):
@@ -283,9 +284,9 @@ def _claim_folder(where: Path, plan: Plan, settings: TrainSettings) -> None:
 
 
 def _check_trained_so(weights: Path, recipe: str) -> None:
-    if weights.is_file() and recipe_in(weights) != recipe:
+    if weights.is_file() and (apart := differences(recipe_in(weights), recipe)):
         raise ModelError(
-            f"This fold was trained before, otherwise: {differences(recipe_in(weights), recipe)}. {WAY_ON}",
+            f"This fold was trained before, otherwise: {apart}. {ENDED}",
             path=weights,
             reason="trained",
         )
@@ -302,16 +303,12 @@ def recipe_of(
     budget: Budget,
     cases: Sequence[Case],
     cache: Path,
-    start: str | PathLike[str] | None = None,
+    begun: Path | None = None,
 ) -> str:
-    """Return all that weights depend on as JSON, cases and first weights as hashes of what is in their files.
-
-    Raises ModelError where the model `start` has no weights.
-    """
+    """Return all that weights depend on as JSON, cases and the first weights, `begun`, as hashes of their files."""
     _make_folder(cache)
     hashes = FileHashes(cache / "files.json")
     content = side_by_side(partial(_content, hashes=hashes), cases)
-    begun = None if start is None else hashes.of(first_weights(find_model(start)))
     facts = [f"{case.name} {sorted(case.undrawn)} {case.ignore} {files}" for case, files in content]
     hashes.save()
     return json.dumps({
@@ -320,7 +317,7 @@ def recipe_of(
         "budget": {name: value for name, value in budget.model_dump().items() if value is not None},
         "training cases": len(facts),
         "SHA-256 of the training cases": hashlib.sha256("\n".join(facts).encode()).hexdigest(),
-        "SHA-256 of the first weights": begun,
+        "SHA-256 of the first weights": None if begun is None else hashes.of(begun),
     })  # fmt: skip
 
 
@@ -339,5 +336,5 @@ def _make_folder(where: Path) -> None:
         raise OutputError(f"The model folder cannot be made: {error.strerror}.", path=where) from error
 
 
-def _in_stage(stage: str, progress: Progress | None, fold: int | None = None) -> Callable[[int, int], None]:
+def _in_stage(stage: str, progress: Progress | None, fold: Fold | None = None) -> Callable[[int, int], None]:
     return lambda done, total: progress(TrainProgress(stage, done / total, fold=fold)) if progress else None

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,10 +32,8 @@ READ_STEPS = 25
 """Of a GPU, between two looks at the losses: half of what a line of the history sums up."""
 
 
-def new_state(
-    plan: Plan, settings: TrainSettings, device: torch.device, start: str | PathLike[str] | None = None
-) -> TrainState:
-    """Return a network with its running average and optimizer: random from the seed, or with the weights of a model.
+def new_state(plan: Plan, settings: TrainSettings, device: torch.device, start: Path | None = None) -> TrainState:
+    """Return a network with its running average and optimizer: random from the seed, or with the weights `start`.
 
     Raises ModelError where that model's network is another one, or none of medseg's own.
     """

@@ -72,6 +72,11 @@ class Ranks:
             gradient.copy_(part.view(gradient.shape))
 
 
+def starts_first() -> bool:
+    """Return whether torchrun, if it started this process, counts it as the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     """Say in a line that another process has ended, where torch says it in a page that hides what that one has said."""

@@ -6,15 +6,18 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from medseg.model.weights import save_weights
 from medseg.train.checkpoint import FINISH, INTERRUPT, TrainState
+from medseg.train.dataset import Fold
+from medseg.train.recipe import lengthened
 from medseg.train.settings import Budget
 from medseg.train.watch import Watch, stalled, unseen_for
 
@@ -38,7 +41,7 @@ class TrainProgress:
     loss: float = math.nan
     steps_per_s: float = math.nan
     seconds_left: float = math.nan
-    fold: int | None = None
+    fold: Fold | None = None
 
 
 Progress = Callable[[TrainProgress], None]
@@ -49,7 +52,7 @@ class FoldFiles:
     """What a training of a fold leaves on the disk; of several processes one writes."""
 
     folder: Path
-    fold: int
+    fold: Fold
     recipe: str
     watch: Watch | None
 
@@ -58,10 +61,17 @@ class FoldFiles:
         """The file with the state of a training that has not ended."""
         return self.folder / f"fold_{self.fold}.checkpoint"
 
-    def resume(self, state: TrainState) -> None:
-        """Take over the state of an earlier run, if there is one. Raises ModelError for one of another recipe."""
-        if self.checkpoint.is_file():
-            state.load(self.checkpoint, self.recipe)
+    def resumed(self, state: TrainState) -> FoldFiles:
+        """Take over the state of an earlier run, if there is one; return these files with the recipe that goes on.
+
+        Warns where it is under a longer budget than before. Raises ModelError for a run of another recipe.
+        """
+        if not self.checkpoint.is_file():
+            return self
+        recipe = state.load(self.checkpoint, self.recipe)
+        if self.watch and (change := lengthened(recipe, state.step)):
+            warnings.warn(change, stacklevel=2)
+        return replace(self, recipe=recipe)
 
     def save(self, state: TrainState) -> None:
         """Write the state and what is to be seen of it."""
@@ -132,7 +142,7 @@ def run_steps(
         raise KeyboardInterrupt
 
 
-def _now(state: TrainState, recent: deque[float], steps_per_s: float, budget: Budget, fold: int) -> TrainProgress:
+def _now(state: TrainState, recent: deque[float], steps_per_s: float, budget: Budget, fold: Fold) -> TrainProgress:
     done = min(1.0, budget.spent(state.step, state.seconds))
     left = budget.left(state.step, state.seconds, steps_per_s)
     loss = sum(recent) / len(recent) if recent else math.nan

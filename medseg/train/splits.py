@@ -98,7 +98,9 @@ def _warn(root: Path, fields: Mapping[str, Any], left_out: list[str]) -> None:
     """Warn of lists that are not read, since patients may be on both sides of a fold without them."""
     told = []
     if left_out:
-        told.append(f"{len(left_out)} case(s) are in no fold of the list and are not used: {', '.join(left_out[:10])}")
+        told.append(
+            f"{len(left_out)} case(s) are in no fold of the list, so that no fold uses them: {', '.join(left_out[:10])}"
+        )
     if fields.get("validation"):
         told.append('the cases of "validation" in dataset.json are not read; list them in "training"')
     elsewhere = root.parent.parent / "nnUNet_preprocessed" / root.name / FILE

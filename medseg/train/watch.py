@@ -20,6 +20,7 @@ from medseg.model.networks import memory_format
 from medseg.model.plan import Plan
 from medseg.train.cache import Prepared
 from medseg.train.checkpoint import TrainState
+from medseg.train.dataset import Fold
 from medseg.train.loss import IGNORED, deep_loss
 from medseg.train.options import autocast
 from medseg.train.sampler import in_outputs
@@ -34,7 +35,8 @@ PROBE_CASES, PROBE_PATCHES = 4, 8
 SHARE = 0.01
 """Of all time, what looking at patches may take, and what drawing may take."""
 
-COLUMNS = ("step", "seconds", "loss", "learning_rate", "steps_per_s", "validation_loss")
+COLUMNS = ("step", "seconds", "loss", "learning_rate", "steps_per_s")
+"""Columns of the history; those of validation patches follow where there are any."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Probe:
 class Watch:
     """Keeps the history of a training in its state, looks at validation patches, and shows both."""
 
-    def __init__(self, folder: Path, fold: int, probe: Probe | None = None, *, tensorboard: bool = False):
+    def __init__(self, folder: Path, fold: Fold, probe: Probe | None = None, *, tensorboard: bool = False):
         self.history = folder / f"fold_{fold}.history.csv"
         self.picture = folder / f"fold_{fold}.progress.png"
         self.probe = probe
@@ -165,16 +167,23 @@ def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def draw_history(history: Sequence[dict[str, float]], path: Path) -> bool:
-    """Write a PNG of losses, Dice of each label, learning rate and speed; return whether matplotlib is there for it."""
+    """Write a PNG of losses, Dice of each label, learning rate and speed; return whether matplotlib is there for it.
+
+    What the history never looked at is left out.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    dice = sorted({name for row in history for name in row if name.startswith("dice_")})
-    panels = (("loss", "validation_loss"), tuple(dice), ("learning_rate",), ("steps_per_s",))
+    known = {name for row in history for name in row}
+    dice = sorted(name for name in known if name.startswith("dice_"))
+    losses = tuple(name for name in ("loss", "validation_loss") if name in known)
     figure = Figure(figsize=(12, 8), layout="constrained")
-    for axes, names in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for place, names in enumerate((losses, tuple(dice), ("learning_rate",), ("steps_per_s",)), start=1):
+        if not names:
+            continue
+        axes = figure.add_subplot(2, 2, place)
         for name in names:
             rows = [row for row in history if name in row]
             label = name.removeprefix("dice_").replace("_", " ")
