@@ -95,16 +95,19 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             tensorboard=tensorboard,
             progress=report,
         )
-    if not starts_first():
-        return  # of several processes the first one has scores, and shows them
-    _say_how_large(model / "cache")
+    if starts_first():  # of several processes one has scores, and shows them
+        _say_how_large(model / "cache")
+        _show_trained(scores, model, turn, as_json=as_json)
+
+
+def _show_trained(scores: Scores, model: Path, turn: int | str, *, as_json: bool) -> None:
     if turn == "none":
         err.print(UNSCORED)
         if as_json:
             print_json(scores.to_dict())
         return
-    show_scores(scores, f"{'All folds' if fold == 'all' else f'Fold {fold}'}, validation cases", as_json=as_json)
-    if fold == "all" and not as_json:
+    show_scores(scores, f"{'All folds' if turn == 'all' else f'Fold {turn}'}, validation cases", as_json=as_json)
+    if turn == "all" and not as_json:
         from medseg.io.text import read_json
 
         tried = read_json(model / "scores.json", "The file of scores", ModelError)["postprocessing"]
