@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -256,9 +257,25 @@ def _places(target: NDArray[np.integer], *, ignored: bool) -> NDArray[np.int32]:
     return np.concatenate(rows)
 
 
+def needed_stems(cases: Sequence[Case], plan: Plan, folder: Path) -> list[str]:
+    """Return what the files of each case under a plan are called in a cache folder, without their endings.
+
+    Raises OSError where a source file cannot be read.
+    """
+    hashes = FileHashes(folder / "files.json")
+    stems = [stem for _, stem in side_by_side(partial(_stem, plan=plan, hashes=hashes), cases)]
+    with suppress(OutputError):  # a full disk is what sweeping may mend
+        hashes.save()
+    return stems
+
+
 def _files(case: Case, plan: Plan, folder: Path, hashes: FileHashes) -> dict[str, Path]:
+    stem = _stem(case, plan, hashes)
+    return {part: folder / f"{stem}.{ending}" for part, ending in FILES.items()}
+
+
+def _stem(case: Case, plan: Plan, hashes: FileHashes) -> str:
     steps = plan.model_dump(mode="json", include=PREPARING)
     content = [hashes.of(file) for _, file in case.files]
     facts = json.dumps([FORMAT, steps, content, sorted(case.undrawn), case.ignore], sort_keys=True)
-    stem = hashlib.sha256(facts.encode()).hexdigest()[:24]
-    return {part: folder / f"{stem}.{ending}" for part, ending in FILES.items()}
+    return hashlib.sha256(facts.encode()).hexdigest()[:24]

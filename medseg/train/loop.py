@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from medseg.model.segmenter import Model, pick_device
 from medseg.model.weights import recipe_in
 from medseg.report.metrics import Scores
 from medseg.train.begin import plan_from, warn_of_seen, weights_to_begin_with
-from medseg.train.cache import prepare_cases
+from medseg.train.cache import needed_stems, prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
 from medseg.train.card import write_card
 from medseg.train.dataset import Case, Dataset, Fold, missing_files, read_dataset
@@ -35,6 +36,7 @@ from medseg.train.recipe import ENDED, differences
 from medseg.train.run import FoldFiles, Progress, TrainProgress, run_steps
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
+from medseg.train.sweep import swept_and_kept
 from medseg.train.validate import cross_validate, is_newer, is_scored, score_fold, validate_fold
 from medseg.train.watch import PROBE_CASES, Probe, Watch
 
@@ -189,55 +191,54 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
     """
     settings = settings or TrainSettings(folds=dataset.folds)
     limit = Budget.parse(budget)
-    check_possible(dataset, plan, settings)
+    check_possible(dataset, plan, settings, fold)
     where = Path(folder)
     training, validation = dataset.fold(fold, settings.folds)
-    _check_early_stop(settings, validation)
-    weights = where / f"fold_{fold}.safetensors"
+    weights, cache = where / f"fold_{fold}.safetensors", where / "cache"
     with joined() as ranks:
         with ranks.first_alone():
             _claim_folder(where, plan, settings)
             begun = None if start is None else weights_to_begin_with(start, fold)
             if start is not None and ranks.is_first:
                 warn_of_seen(start, dataset, fold, settings.folds)
-            # How many folds there would be is nothing to weights for which no case is kept aside.
-            own = settings.model_copy(update={"folds": 0}) if fold == "none" else settings
-            recipe = recipe_of(plan, own, limit, training, where / "cache", begun)
+            recipe = recipe_of(plan, _told_by(settings, fold), limit, training, cache, begun)
             _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):
             state = new_state(plan, settings, pick_device(device), begun)
             watch = Watch(where, fold, tensorboard=tensorboard) if ranks.is_first else None
-            files = FoldFiles(where, fold, recipe, watch)
-            files = files.resumed(state)
-            with ranks.first_alone():
-                looked_at = validation[:: -(-len(validation) // PROBE_CASES) or 1] if watch else ()
-                prepared = prepare_cases(
-                    (*training, *looked_at), plan, where / "cache", progress=_in_stage("prepare", progress, fold)
-                )
-            if watch and looked_at:
-                watch.probe = Probe(prepared[len(training) :], plan, settings)
-            on_device = next(state.network.parameters()).device
-            drawn_from = resident(prepared[: len(training)], on_device)
-            sampler = Sampler(drawn_from, plan, settings.seed, settings.foreground, on_device)
-            losses = optimize(state, sampler, settings, limit, ranks)
-            run_steps(state, losses, limit, files, progress, settings.early_stop)
-            files.finish(state)
+            files = FoldFiles(where, fold, recipe, watch).resumed(state)
+            needed = partial(needed_stems, dataset.cases, plan, cache)
+            with swept_and_kept(cache, needed) if watch else nullcontext():
+                with ranks.first_alone():
+                    looked_at = validation[:: -(-len(validation) // PROBE_CASES) or 1] if watch else ()
+                    shown = _in_stage("prepare", progress, fold)
+                    prepared = prepare_cases((*training, *looked_at), plan, cache, progress=shown)
+                if watch and looked_at:
+                    watch.probe = Probe(prepared[len(training) :], plan, settings)
+                on_device = next(state.network.parameters()).device
+                drawn_from = resident(prepared[: len(training)], on_device)
+                sampler = Sampler(drawn_from, plan, settings.seed, settings.foreground, on_device)
+                losses = optimize(state, sampler, settings, limit, ranks)
+                run_steps(state, losses, limit, files, progress, settings.early_stop)
+                files.finish(state)
         ranks.wait()
     # The other folds of the folder have seen the cases that this one is validated on.
     return Model.load(where, device=device, folds=(fold,))
 
 
-def _check_early_stop(settings: TrainSettings, validation: Sequence[Case]) -> None:
-    if settings.early_stop and not validation:
+def _told_by(settings: TrainSettings, fold: Fold) -> TrainSettings:
+    """Return what of a recipe matters: without a fold kept aside it is nothing how many there would be."""
+    return settings.model_copy(update={"folds": 0}) if fold == "none" else settings
+
+
+def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings, fold: Fold = 0) -> None:
+    """Raise ModelError where a plan cannot be trained on a dataset in this way, with the reason."""
+    if settings.early_stop and fold == "none":
         raise ModelError(
             "early_stop looks at validation cases, and no case is kept aside: set it to 0 in train.json, or train a "
             "fold.",
             reason="early_stop",
         )
-
-
-def check_possible(dataset: Dataset, plan: Plan, settings: TrainSettings) -> None:
-    """Raise ModelError where a plan cannot be trained on a dataset in this way, with the reason."""
     if plan.previous:
         raise ModelError("A plan with a previous stage can be used, but not trained.", reason="unsupported")
     if len(plan.channels) != len(dataset.channels):
