@@ -309,7 +309,7 @@ def test_as_stored_means_the_order_of_the_array(tmp_path):
         ({"architecture": files.architecture(squeeze_excitation=True)}, "squeeze_excitation: Extra inputs"),
         ({"architecture": files.architecture() | {"network_class_name": "a.Primus"}}, "network .*: Primus"),
         ({"architecture": files.architecture(strides=[[2, 1, 1]] * 3)}, "first stride is 1, 1, 1"),
-        ({"spacing": [1.0, -1.0, 1.0]}, "spacing_mm.1: Input should be greater than 0"),
+        ({"spacing": [1.0, -1.0, 1.0]}, "spacing_mm.1: Input should be greater than or equal to 0.000001"),
         ({"inherits_from": "3d_fullres"}, "inherit from each other in a circle"),
         ({"use_mask_for_norm": [False, False]}, "do not fit together"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from medseg.errors import InputError
+from medseg.errors import InputError, UnreadableFile
 from medseg.io.files import reading, written_whole
 from medseg.io.text import read_json
 from medseg.labels import Label
@@ -39,10 +39,10 @@ def read_table(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     """Return the label table of a JSON file: a list of labels, or an object with one as "labels", such as a plan.json.
 
     A model, by its folder or the name of one that ships, has the labels of its plan.
-    Raises InputError where it is missing or unreadable, with the reason `label_table` where it is something else.
+    Raises UnreadableFile where it is missing or no JSON, and InputError (`label_table`) where it is something else.
     """
     path = table_file(path)
-    content = read_json(path, "The label table", InputError)
+    content = read_json(path, "The label table", UnreadableFile)
     try:
         table = TypeAdapter(tuple[Label, ...]).validate_python(
             content["labels"] if isinstance(content, dict) else content
