@@ -85,6 +85,8 @@ class _Config:
 
     content: dict[str, Any]
     left: int = MOST_VALUES
+    within: int = 0
+    """How many references are being followed, each out of the one before."""
 
     def literal(self, value: Any, place: str, depth: int = 0) -> Any:
         """Return a value with references to other values replaced. Raises ModelError for whatever is no plain value."""
@@ -137,16 +139,19 @@ class _Config:
 
     def _referred(self, text: str, place: str) -> Any:
         """Return what a text that begins with @ or $ stands for. Raises ModelError where that is no plain value."""
+        if self.within >= DEEPEST:
+            raise ModelError("The configuration of the bundle refers to itself.", reason="unsafe")
+        self.within += 1
         try:
             return read_text(text, lambda reference: self._at(reference, place))
-        except RecursionError as error:
-            raise ModelError("The configuration of the bundle refers to itself.", reason="unsafe") from error
-        except (Unreadable, LookupError, TypeError, ValueError) as error:
+        except (Unreadable, LookupError, TypeError, ValueError, RecursionError) as error:
             raise ModelError(
                 f"The configuration of the bundle has an expression at {place}, which medseg never evaluates. "
                 "Plain values, and references to them, are read.",
                 reason="unsafe",
             ) from error
+        finally:
+            self.within -= 1
 
     def _at(self, reference: str, place: str) -> Any:
         """Return the value that a reference such as "@a#b" points at. Raises LookupError where there is none."""
