@@ -77,6 +77,19 @@ class TestPhases:
         assert caught.value.reason == "interleaved"
         assert find_series(tmp_path)[0].regular_grid is None
 
+    @pytest.mark.parametrize("modality", ["MR", "CT"])
+    def test_what_is_numbered_as_one_scan_and_timed_as_two_is_neither(self, tmp_path: Path, modality: str) -> None:
+        """Half of one scan would be wrong, as would two passes in one: MR slices may overlap on purpose."""
+
+        def each(number: int, k: int) -> dict[str, Any]:
+            return {"AcquisitionTime": f"120{number}{k:02d}", "InstanceNumber": 2 * k + number}
+
+        write_passes(tmp_path, (0, 2.5), each, Modality=modality)
+        with pytest.raises(SeriesRefused, match="numbered as one scan, and by AcquisitionTime they are 2") as caught:
+            read(tmp_path)
+        assert caught.value.reason == "interleaved"
+        assert stacks(tmp_path) == [("refused", 2 * COUNT)]
+
     def test_one_covers_a_part_of_the_other(self, tmp_path: Path) -> None:
         write_passes(
             tmp_path, (0, 2.5), lambda p, k: {"AcquisitionNumber": p + 1} | ({"Rows": 3} if p and k < 2 else {})

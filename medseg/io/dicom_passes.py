@@ -37,10 +37,14 @@ OVERLAP = 1.1
 
 
 class Passes(NamedTuple):
-    """The slices of each pass, in the order given, and the element that tells them apart."""
+    """The slices of each pass, in the order given, and the element that tells them apart.
+
+    They are uncertain where only times do, and the slices are numbered as one scan.
+    """
 
     element: str
     parts: list[list[Slice]]
+    are_certain: bool
 
 
 def find_passes(slices: Sequence[Slice], planes: NDArray[np.float64]) -> Passes | None:
@@ -54,7 +58,8 @@ def find_passes(slices: Sequence[Slice], planes: NDArray[np.float64]) -> Passes 
         if even and not _counts(element, slices[0], step_mm):
             continue
         if all(_is_even(heights_mm[part]) for part in parts) and _overlap(parts, heights_mm):
-            return Passes(element, [[slices[n] for n in sorted(part)] for part in parts])
+            found = [[slices[n] for n in sorted(part)] for part in parts]
+            return Passes(element, found, element not in WHEN or not _are_numbered_in_order(slices))
     return None
 
 
@@ -87,6 +92,11 @@ def _partings(slices: Sequence[Slice], heights_mm: NDArray[np.float64]) -> Itera
     for element, parts in found:
         if len(parts) > 1 and min(map(len, parts)) >= LEAST_PASS:
             yield element, parts
+
+
+def _are_numbered_in_order(slices: Sequence[Slice]) -> bool:
+    steps = np.diff([part.instance_number for part in slices])
+    return bool((steps > 0).all() or (steps < 0).all())
 
 
 def _by_value(slices: Sequence[Slice]) -> Iterator[tuple[str, list[list[int]]]]:

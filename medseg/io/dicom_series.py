@@ -261,11 +261,16 @@ def _stack_problem(slices: Sequence[Slice], planes: NDArray[np.float64]) -> Prob
     passes = find_passes(slices, planes) if may_be_several else None
     if passes is None:
         return problem
-    return Problem(
-        "interleaved",
+    text = (
         f"The slices are {len(passes.parts)} passes over one region, each with equal steps, that differ in "
-        f"{passes.element}, such as phases of a contrast agent. Pass the slices of one.",
+        f"{passes.element}, such as phases of a contrast agent. Pass the slices of one."
     )
+    if not passes.are_certain:
+        text = (
+            f"The slices are numbered as one scan, and by {passes.element} they are {len(passes.parts)} passes over one"
+            " region that interleave, so it is unknown which they are. Export each as a series of its own."
+        )
+    return Problem("interleaved", text)
 
 
 def _content_problem(slices: Sequence[Slice]) -> Problem | None:

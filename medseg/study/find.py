@@ -153,7 +153,8 @@ def _untangled(stack: list[Slice]) -> list[list[Slice]]:
     if reason == "interleaved":
         slices = make_series(stack).slices
         passes = find_passes(slices, np.array([part.plane for part in slices]))
-        return [piece for part in (passes.parts if passes else ()) for piece in _untangled(part)]
+        if passes and passes.are_certain:
+            return [piece for part in passes.parts for piece in _untangled(part)]
     return [stack]
 
 
