@@ -166,3 +166,18 @@ def test_label_files_that_a_list_leaves_out_are_said(tmp_path):
     made(root, [], **ONE, training=pairs)
     with pytest.warns(UserWarning, match=r"^1 label file\(s\) are not in the list of dataset.json and are left out"):
         assert len(read_dataset(root)) == 2
+
+
+def test_images_without_labels_and_a_number_of_cases_that_is_not_there_are_said(tmp_path):
+    files = ["imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "imagesTr/c_0000.nii.gz", "labelsTr/a.nii.gz"]
+    with pytest.warns(UserWarning, match=r"2 image\(s\) in imagesTr have no label file .*; numTraining .* is 3, .* 1"):
+        read_dataset(made(tmp_path, files, **ONE, numTraining=3))
+    (tmp_path / "labelsTr/b.nii.gz").touch()
+    (tmp_path / "labelsTr/c.nii.gz").touch()
+    assert len(read_dataset(tmp_path).cases) == 3
+
+
+def test_a_list_written_on_windows_is_read(tmp_path):
+    files = ["imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"]
+    pairs = [{"image": ".\\imagesTr\\a.nii.gz", "label": ".\\labelsTr\\a.nii.gz"}]
+    assert images(made(tmp_path, files, **ONE, training=pairs)) == {"a": files[:1]}

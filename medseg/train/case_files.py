@@ -90,6 +90,8 @@ def _in_folders(root: Path, fields: Mapping[str, Any], channels: int) -> list[Ca
         stated = ", as file_ending in dataset.json says" if "file_ending" in fields else ""
         sought = f"looked for {', '.join(endings)} in {labels.name}{stated}"
         raise _no_case(f"{sought}; {_held(labels)}", root)
+    if all(image.is_file() for case in cases for image in case.images):
+        _warn_of_left_out(images, cases, fields.get("numTraining"))
     return cases
 
 
@@ -165,7 +167,7 @@ def _listed_case(name: str | None, images: tuple[Path, ...], labels: tuple[Path,
 def _paths(root: Path, given: object) -> tuple[Path, ...]:
     """Return the paths that a list has, or the one that a text is; none for anything else."""
     listed = given if isinstance(given, list) else [given]
-    texts = [one for one in listed if isinstance(one, str) and one]
+    texts = [one.replace("\\", "/") for one in listed if isinstance(one, str) and one]  # lists of Windows
     return tuple(root / one for one in texts) if len(texts) == len(listed) else ()
 
 
@@ -181,6 +183,18 @@ def _warn_of_unlisted(cases: Sequence[CaseFiles]) -> None:
             "train on all files of the folders.",
             stacklevel=4,  # the caller of read_dataset
         )
+
+
+def _warn_of_left_out(folder: Path, cases: Sequence[CaseFiles], stated: object) -> None:
+    """Warn of images whose names no case has, and of another number of cases than dataset.json states."""
+    known = {case.name for case in cases}
+    names = {split_ending(file.name)[0] for file in folder.iterdir() if _is_volume(file)} - known
+    stems = {numbered[1] if (numbered := NUMBERED.fullmatch(name)) else name for name in names} - known
+    told = [f"{len(stems)} image(s) in {folder.name} have no label file and are left out"] if stems else []
+    if isinstance(stated, int) and stated != len(cases):
+        told.append(f"numTraining in dataset.json is {stated}, and there are {len(cases)} label files")
+    if told:
+        warnings.warn(f"Cases of the dataset: {'; '.join(told)}.", stacklevel=5)  # the caller of read_dataset
 
 
 def _is_volume(file: Path) -> bool:
