@@ -73,6 +73,9 @@ def main() -> None:
     except MedsegError as error:
         print_error(error, error.path)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    except MemoryError:
+        print_error("Memory ran out: a file asks for more than this machine has. It is damaged, or too large.", None)
+        sys.exit(EXIT_FAILED)
     except OSError as error:  # what a path alone can cause: folders that may not be entered, names that are too long
         print_error(f"The system refused this: {error.strerror or error}.", error.filename)
         sys.exit(EXIT_FAILED)

@@ -456,6 +456,17 @@ def test_ctrl_c_leaves_no_traceback_and_no_file(run, scan, model_folder, tmp_pat
     assert not (tmp_path / "labels.nii.gz").exists()
 
 
+def test_memory_that_runs_out_is_one_line(run, monkeypatch, scan):
+    def large(*_args: object, **_options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("medseg.report.describe.describe", large)
+    code, out, err = run("info", scan)
+    assert (code, out) == (1, "")
+    assert err.startswith("medseg: Memory ran out")
+    assert len(err.splitlines()) == 1
+
+
 def test_a_warning_is_one_line_without_a_file_name(run, monkeypatch, scan):
     import warnings
 

@@ -35,6 +35,7 @@ from medseg.study import batch
 from medseg.study.archive import opened
 from medseg.study.batch import Options, Progress, run_batch
 from medseg.study.cohort import find_cohort
+from medseg.study.dataset import make_dataset
 from medseg.study.engine import Hand
 from medseg.study.find import read_studies
 from medseg.study.listing import listed
@@ -342,6 +343,36 @@ def test_an_archive_holds_one_study(tmp_path):
     assert len(only_study(read_studies(files[: len(files) // 2])).series) == 1
     with pytest.raises(InputError, match="one study, found 2"):
         only_study(read_studies(files))
+
+
+def pack(path: Path, files: list[Path]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in files:
+            archive.write(file, file.name)
+
+
+def test_a_study_in_several_archives_fails_and_a_copy_does_not(tmp_path, pipeline):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        write_study(tmp_path / "loose", number)
+    slices = [sorted((tmp_path / "loose" / f"DOE_JANE_{number}").iterdir()) for number in range(3)]
+    pack(tmp_path / "in" / "a.zip", slices[0][:4])
+    pack(tmp_path / "in" / "b.zip", slices[0][4:])
+    for name in ("c.zip", "copy of c.zip"):
+        pack(tmp_path / "in" / name, slices[1])
+    pack(tmp_path / "in" / "d.zip", slices[2])
+    entries = find_cohort(tmp_path / "in")
+    assert [[file.name for file in entry.files] for entry in entries] == [
+        ["a.zip", "b.zip"], ["c.zip"], ["copy of c.zip"], ["d.zip"]
+    ]  # fmt: skip
+    outcomes = run_batch(pipeline, tmp_path / "in", tmp_path / "out")
+    assert sorted((one.status, one.reason) for one in outcomes) == [
+        ("done", None), ("done", None), ("done", None), ("failed", "several_archives")
+    ]  # fmt: skip
+    rules = {"format": 1, "name": "a", "channels": [{"name": "CT", "modality": ["CT"]}], "labels": [{"name": "a"}]}
+    (tmp_path / "rules.yaml").write_text(json.dumps(rules))
+    made = make_dataset(tmp_path / "in", tmp_path / "set", tmp_path / "rules.yaml")
+    assert [one.reason for one in made] == ["several_archives", *["no_structures"] * 3]
 
 
 class SlowWriter(Hand):

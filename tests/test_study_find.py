@@ -71,6 +71,18 @@ class TestStacks:
         with pytest.raises(SeriesRefused, match="more than one stack"):
             read(tmp_path)
 
+    @pytest.mark.parametrize("tag", ["StudyInstanceUID", "SeriesInstanceUID"])
+    @pytest.mark.parametrize("blank", [[0, 1], [3, 4], [6, 7, 8], [8]])
+    def test_slices_that_state_no_study_or_series_belong_to_the_only_one_beside_them(self, tmp_path, tag, blank):
+        stated = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4"}
+        write_series(tmp_path / "a", range(9), each=lambda k: {tag: ""} if k in blank else {}, **stated)
+        write_series(tmp_path / "b", range(4), StudyInstanceUID="1.9")
+        first, second = find_studies(tmp_path)
+        assert [one.n_slices for one in first.series] == [9]
+        assert [one.n_slices for one in second.series] == [4]
+        assert (first.uid, first.series[0].verdict) == ("1.2.3", "accepted")
+        assert [(one.uid, len(one.files)) for one in find_cohort(tmp_path)] == [("1.2.3", 9), ("1.9", 4)]
+
     @pytest.mark.parametrize(("first", "second"), [(5.0049, 5.0051), (5.0051, 5.0049), (5, 5.0009), (5, 5)])
     def test_positions_on_both_sides_of_a_half_are_one(self, tmp_path, first, second):
         heights = [0, 2.5, first, 7.5, 10, second]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -48,6 +48,25 @@ def opened(path: str | PathLike[str], beside: str | PathLike[str] | None = None)
 def is_archive(path: Path) -> bool:
     """Return whether a path is a file that is called .zip."""
     return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def check_one(files: Sequence[Path]) -> None:
+    """Raise UnreadableFile (`several_archives`) where the files of a study are archives, each with a part of it."""
+    if len(files) > 1 and is_archive(files[0]):
+        raise UnreadableFile(
+            f"The study is packed in {len(files)} archives. Unpack them into one folder, or pack it into one.",
+            path=files[1],
+            reason="several_archives",
+        )
+
+
+def contents(path: Path) -> frozenset[tuple[int, int]]:
+    """Return checksum and size of each file in an archive; none where it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return frozenset((one.CRC, one.file_size) for one in archive.infolist() if not one.is_dir())
+    except Exception:  # noqa: BLE001 - whoever unpacks it says why
+        return frozenset()
 
 
 def study_uid(path: Path) -> str:

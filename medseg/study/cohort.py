@@ -13,7 +13,7 @@ from medseg.errors import MedsegError, UsageError
 from medseg.io.dicom_lost import lost_slices
 from medseg.io.files import reading
 from medseg.io.structures import CONTENT, describe_structures
-from medseg.study.archive import is_archive, study_uid
+from medseg.study.archive import contents, is_archive, study_uid
 from medseg.study.headers import all_headers, all_study_uids
 from medseg.study.homes import homes, shared_uids
 from medseg.study.listing import listed
@@ -37,6 +37,7 @@ class Entry:
 def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None) -> list[Entry]:
     """Return the studies at or below a folder in the order of their paths; each .zip counts as one.
 
+    Archives that hold different files of one study make one entry, which fails: see `check_one`.
     `shard` (i, n), i from 1, gives the i-th of n parts; a hash of the study decides, so that it is the same everywhere.
     Raises UnreadableFile where the folder is missing, UsageError for a shard that is none.
     """
@@ -67,10 +68,7 @@ def find_cohort(root: str | PathLike[str], shard: tuple[int, int] | None = None)
     loose = [file for file, _ in stated]
     _add_problems(groups, [*problems, *lost_slices(others, loose)], root, unseen)
     studies = {uid: identity for identity, uid in uids.items() if uid}
-    for archive in sorted(archives) if studies else ():
-        same = groups.get(studies.get(study_uid(archive), ""), [])
-        if same and lost_slices([archive], same):
-            same.append(archive)  # the rest of the study, or something else of it
+    _join_archives(groups, studies, {archive: f"archive {_below(archive, root)}" for archive in sorted(archives)})
     entries = [Entry(identity, uids.get(identity, ""), tuple(files)) for identity, files in groups.items()]
     return [entry for entry in entries if shard is None or _shard(entry.identity, shard[1]) == shard[0]]
 
@@ -120,6 +118,21 @@ def _add_problems(
             its = [identity for identity in its if path.parent in {file.parent for file in groups[identity]}]
         for identity in its or [own if is_folder else alone.setdefault(path.parent, own)]:
             groups.setdefault(identity, []).append(path)
+
+
+def _join_archives(groups: dict[str, list[Path]], studies: dict[str, str], archives: dict[Path, str]) -> None:
+    """Add archives to the studies beside them that they hold the rest of, and to each other; copies stay alone."""
+    packed: dict[str, list[str]] = {}
+    for archive, identity in archives.items():
+        uid = study_uid(archive)
+        same = groups.get(studies.get(uid, ""), [])
+        if same and lost_slices([archive], same):
+            same.append(archive)  # the rest of the study, or something else of it
+        packed.setdefault(uid, []).append(identity)
+    for uid, identities in packed.items():
+        if uid and len({contents(groups[identity][0]) for identity in identities}) > 1:
+            for identity in identities[1:]:
+                groups[identities[0]] += groups.pop(identity)
 
 
 def _below(path: Path, root: Path) -> str:

@@ -25,7 +25,7 @@ from medseg.io.dicom_series import Series
 from medseg.io.regions import volume_of
 from medseg.io.structures import CONTENT, StructureFile, describe_structures
 from medseg.labels import make_labels
-from medseg.study.archive import opened
+from medseg.study.archive import check_one, opened
 from medseg.study.choose import choose
 from medseg.study.cohort import Entry, find_cohort, with_objects
 from medseg.study.dataset_folder import CaseOutcome, DatasetFolder
@@ -105,6 +105,7 @@ def _made(entry: Entry, rules: DatasetRules, folder: DatasetFolder) -> tuple[_Ma
     outcome = CaseOutcome(case, "taken", group=case)
     told: list[str] = []
     try:
+        check_one(entry.files)
         with warnings.catch_warnings(record=True) as caught, opened(entry.files[0], folder.private) as place:
             warnings.simplefilter("always")
             files = [*entry.files] if place == entry.files[0] else listed(place, [])

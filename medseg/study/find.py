@@ -92,8 +92,9 @@ def split(slices: Sequence[Slice]) -> list[list[Slice]]:
 
 def _study(slices: Sequence[Slice]) -> Study:
     series: dict[tuple[str, Path | None], list[Slice]] = {}
-    for part in slices:
-        series.setdefault((part.series_uid, None if part.series_uid else part.path.parent), []).append(part)
+    uids = shared_uids([(part.path, part.series_uid) for part in slices])
+    for part, uid in zip(slices, uids, strict=True):
+        series.setdefault((uid, None if uid else part.path.parent), []).append(part)
     stacks = [make_series(stack) for parts in series.values() for stack in split(parts)]
     uid = next(filter(None, (part.study_uid for part in slices)), "")
     return Study(uid, tuple(stacks), tuple(dict.fromkeys(part.path for part in slices)))

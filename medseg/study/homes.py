@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def shared_uids(stated: Sequence[tuple[Path, str]]) -> list[str]:
-    """Return a StudyInstanceUID for each file, given with the one that it states: if blank, the only one in its folder.
+    """Return for each file the UID, of study or series, that it states, or if blank the only one in its folder.
 
     It stays blank where the folder has none, or several.
     """

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from medseg.errors import OutputError
-from medseg.study.archive import is_archive, opened
+from medseg.study.archive import check_one, is_archive, opened
 from medseg.study.deidentify import deidentify
 from medseg.study.ledger import Ledger, clear, emptied, sha256
 from medseg.study.listing import listed
@@ -168,6 +168,7 @@ class Runner:
         running.begun = True
         files = {Path(path): name for path, name in running.task.files.items()}
         first = next(iter(files))
+        check_one([*files])
         if is_archive(first):
             folder = running.exits.enter_context(opened(first, self._private_folder(running)))
             files = {file: self.ledger.name(str(file.relative_to(folder))) for file in listed(folder, [])}
