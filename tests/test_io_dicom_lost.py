@@ -139,6 +139,20 @@ class TestWhatIsMissed:
         loose, *_ = (entry for entry in find_cohort(tmp_path) if entry.uid)
         assert len(loose.files) == 6
 
+    def test_the_rest_under_the_same_names_in_an_archive(self, tmp_path: Path) -> None:
+        """Names begin anew in every folder, and slices are equally long."""
+        for start in (0, 3):
+            tags = {"StudyInstanceUID": "1.2.1", "SeriesInstanceUID": "1.3.1", "PatientName": None}
+            write_series(tmp_path / str(start) / "new", range(start, start + 3), **tags)
+            for number, file in enumerate(sorted((tmp_path / str(start) / "new").iterdir())):
+                file.rename(tmp_path / str(start) / f"IM{number}")
+        shutil.make_archive(str(tmp_path / "rest"), "zip", tmp_path / "3")
+        shutil.rmtree(tmp_path / "3")
+        with pytest.raises(UnreadableFile, match="packed file"):
+            read(tmp_path)
+        loose = next(entry for entry in find_cohort(tmp_path) if entry.uid == "1.2.1")
+        assert tmp_path / "rest.zip" in loose.files
+
     def test_the_rest_in_an_archive_elsewhere(self, tmp_path: Path) -> None:
         files = write_numbered(tmp_path / "a")
         (tmp_path / "b").mkdir()

@@ -93,7 +93,7 @@ def lost_slices(others: Sequence[Path], slices: Sequence[Path]) -> list[Unreadab
         kind, beside = name_kind(file.name), file.parent in folders
         near, alike = beside or kind[0] in names, kind in kinds
         if file.suffix.lower() in PACKED_ENDINGS:
-            holds = holds_dicom(file, {(one.name, _size(one)) for one in slices})
+            holds = holds_dicom(file, slices)
             text = PACKED if holds or alike or (holds is None and near) else ""
         elif kind[1] in DICOM_ENDINGS:
             text = "" if _is_dicomdir(file) else CALLED.format(kind[1])

@@ -8,6 +8,7 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, Any
@@ -33,6 +34,9 @@ PACKED_ENDINGS = frozenset({*STREAMS, *TARS, ".zip", ".7z", ".rar", ".zst", ".lz
 MOST_LOOKED_AT = 200
 """Members of an archive that are looked at."""
 
+FIRST_BYTES = 2048
+"""How much of a file is looked at: a slice names itself there."""
+
 
 def unpacked_name(name: str) -> str:
     """Return the name of a file without the endings that say how it is packed."""
@@ -41,22 +45,36 @@ def unpacked_name(name: str) -> str:
     return name
 
 
-def holds_dicom(path: Path, copies: Collection[tuple[str, int]] = ()) -> bool | None:
-    """Return whether a packed file holds DICOM files besides these `copies`, named by name and size in bytes.
+def holds_dicom(path: Path, copies: Collection[Path] = ()) -> bool | None:
+    """Return whether a packed file holds DICOM files of which none of the files `copies` is a copy.
 
-    Members are known by their names or by how they begin. None where the file cannot be looked into.
+    Members are known by their names or by how they begin, copies by name, size and how they begin. None where the file
+    cannot be looked into.
     """
+    named: dict[str, list[Path]] = {}
+    for copy in copies:
+        named.setdefault(copy.name, []).append(copy)
     try:
-        members = islice(_members(path), MOST_LOOKED_AT)
-        return any((PurePath(name).name, size) not in copies and _is_dicom(name, file) for name, size, file in members)
+        for name, size, file in islice(_members(path), MOST_LOOKED_AT):
+            head = None if file is None else file.read(FIRST_BYTES)
+            is_copied = any(_is_copy(one, size, head) for one in named.get(PurePath(name).name, ()))
+            if not is_copied and _is_dicom(name, head or b""):
+                return True
+        return False
     except Exception:  # noqa: BLE001 - the decoders of Python raise a dozen kinds for what is damaged or not known
         return None
 
 
-def _is_dicom(name: str, file: IO[bytes] | None) -> bool:
-    if PurePath(name).suffix.lower() in DICOM_ENDINGS:
-        return True
-    return file is not None and begins_as_dicom(file)
+def _is_copy(file: Path, size: int, head: bytes | None) -> bool:
+    """Return whether a file has this size and, if it is known, begins so: slices of other folders have equal names."""
+    if file.stat().st_size != size or head is None:
+        return file.stat().st_size == size
+    with file.open("rb") as opened:
+        return opened.read(FIRST_BYTES) == head
+
+
+def _is_dicom(name: str, head: bytes) -> bool:
+    return PurePath(name).suffix.lower() in DICOM_ENDINGS or begins_as_dicom(BytesIO(head))
 
 
 def _members(path: Path) -> Iterator[Member]:
