@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from medseg.train.recipe import differences
+from medseg.train.recipe import continued, differences, lengthened
 
 
 def test_what_differs_is_named_with_both_values():
@@ -17,3 +17,25 @@ def test_what_differs_is_named_with_both_values():
 
 def test_of_an_older_record_nothing_is_known():
     assert "older version" in differences("0f3a", "{}")
+
+
+def recipe(**fields):
+    return json.dumps({"train.json": {"folds": 5}, "budget": {"steps": 400}} | fields)
+
+
+def test_each_longer_budget_is_kept_and_no_other_difference_is_taken():
+    first = continued(recipe(), recipe(budget={"steps": 500}), 123)
+    second = continued(first, recipe(budget={"steps": 600}), 450)
+    earlier = [{"steps": 400, "until_step": 123}, {"steps": 500, "until_step": 450}]
+    assert json.loads(second) == json.loads(recipe(budget={"steps": 600}, **{"earlier budgets": earlier}))
+    assert continued(second, recipe(budget={"steps": 600}), 500) == second
+    assert "step 450 of a budget of 500 steps and goes on to 600 steps" in lengthened(second, 450)
+    assert [lengthened(second, 500), lengthened(recipe(), 0), lengthened("0f3a", 0)] == [""] * 3
+    changed = {"train.json": {"folds": 4}}
+    for other in (
+        recipe(budget={"steps": 300}),
+        recipe(budget={"seconds": 9e9}),
+        recipe(budget={"steps": 500}, **changed),
+    ):
+        assert continued(recipe(), other, 123) is None
+    assert continued("0f3a", recipe(), 1) is None
