@@ -91,9 +91,12 @@ def test_the_way_of_storing_changes_nothing(grid: Grid, word: str) -> None:
 
 def test_values_of_any_size_and_kind() -> None:
     grid = make_grid("RAS", (2, 1, 1))
-    for dtype, value in ((np.uint64, 2**40), (np.int32, 70_000), (np.float32, 300), (bool, 1)):
+    for dtype, value in ((np.uint64, 2**31 - 1), (np.int32, 70_000), (np.float32, 300), (bool, 1)):
         labels = Volume(np.array([0, value], dtype=dtype).reshape(1, 2, 1, 1), grid)
         assert [(one.value, one.voxels) for one in measure(labels, ())] == [(value, 1)]
+    labels = Volume(np.array([0, 2**31], dtype=np.uint64).reshape(1, 2, 1, 1), grid)
+    with pytest.raises(InputError, match="at most 2147483647, and the labels have 2147483648"):
+        measure(labels, ())
 
 
 def test_nothing_found() -> None:
