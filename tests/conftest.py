@@ -36,8 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Compute on the CPU, in what a test starts, too, whatever the machine has, unless the test is marked `gpu`."""
+    """Compute on the CPU, in what a test starts, too, whatever the machine has, unless the test is marked `gpu`.
+
+    What the command line tells the processes that it starts is forgotten after each test.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONSAFEPATH", "")
         if "gpu" not in item.keywords:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
             patch.setattr("torch.cuda.is_available", lambda: False)

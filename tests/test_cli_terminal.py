@@ -16,7 +16,7 @@ from dicom_files import some_labels, write_source
 from rich.table import Table
 from rich.text import Text
 
-from medseg import cli, cli_show
+from medseg import cli, cli_show, cli_terminal
 from medseg.cli_terminal import Terminal, visible
 from medseg.io import save
 from medseg.io.label_table import write_table
@@ -38,7 +38,9 @@ def steers(text: str) -> set[str]:
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Return a function that runs a command line in a wide terminal and returns (exit code, all that was written)."""
-    monkeypatch.setenv("COLUMNS", "400")
+    for console in (cli_terminal.out, cli_terminal.err):
+        monkeypatch.setattr(console, "_width", 400)
+    monkeypatch.setenv("COLUMNS", "400")  # of what typer shows
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["medseg", *map(str, arguments)])
