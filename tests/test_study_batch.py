@@ -165,9 +165,9 @@ def test_done_refused_failed_and_kept(tmp_path, pipeline, capsys, monkeypatch):
 def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline):
     """As git-annex, DVC and many archives keep files: a link with the name, and content under a hash."""
     studies, store = tmp_path / "studies", tmp_path / "store"
-    write_study(store, 0)
-    write_study(store, 1)
-    source = store / "DOE_JANE_0"
+    for number in range(4):
+        write_study(store, number)
+    source, packed, damaged = (store / f"DOE_JANE_{number}" for number in (0, 2, 3))
     (store / "damaged").touch()
     for name in ("linked", "zipped", "zip", "half"):
         (studies / name).mkdir(parents=True)
@@ -175,11 +175,11 @@ def test_what_links_and_archives_hold_is_seen_by_its_own_name(tmp_path, pipeline
         (studies / "half" / f"{number}.dcm").symlink_to(file)
     for number, file in enumerate([*source.iterdir(), store / "damaged"]):
         (studies / "linked" / f"{number}.dcm").symlink_to(file)
-    shutil.make_archive(store / "whole", "zip", source)
+    (packed / "._x.dcm").write_bytes(b"of macOS")
+    shutil.make_archive(store / "whole", "zip", packed)
     (studies / "zipped" / "study.zip").symlink_to(store / "whole.zip")
-    (source / "._x.dcm").write_bytes(b"of macOS")
-    (source / "x.dcm").touch()
-    shutil.make_archive(studies / "zip" / "damaged", "zip", source)
+    (damaged / "x.dcm").touch()
+    shutil.make_archive(studies / "zip" / "damaged", "zip", damaged)
     outcomes = run_batch(pipeline, studies, tmp_path / "out", TORCH)
     assert {one.path.name: (one.status, one.reason) for one in outcomes} == {
         "linked": ("failed", "unreadable"),

@@ -51,10 +51,10 @@ def is_archive(path: Path) -> bool:
 
 
 def check_one(files: Sequence[Path]) -> None:
-    """Raise UnreadableFile (`several_archives`) where the files of a study are archives, each with a part of it."""
+    """Raise UnreadableFile (`several_archives`) where a study lies in an archive and elsewhere, in parts."""
     if len(files) > 1 and is_archive(files[0]):
         raise UnreadableFile(
-            f"The study is packed in {len(files)} archives. Unpack them into one folder, or pack it into one.",
+            "Parts of the study lie in several archives, or beside an archive. Unpack all of it into one folder.",
             path=files[1],
             reason="several_archives",
         )

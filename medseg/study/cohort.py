@@ -121,14 +121,19 @@ def _add_problems(
 
 
 def _join_archives(groups: dict[str, list[Path]], studies: dict[str, str], archives: dict[Path, str]) -> None:
-    """Add archives to the studies beside them that they hold the rest of, and to each other; copies stay alone."""
+    """Join archives to studies and archives beside them that hold other files of the same study; copies stay alone.
+
+    All of them fail then: a part of a study is no study.
+    """
     packed: dict[str, list[str]] = {}
     for archive, identity in archives.items():
         uid = study_uid(archive)
         same = groups.get(studies.get(uid, ""), [])
         if same and lost_slices([archive], same):
+            groups[identity].append(same[0])
             same.append(archive)  # the rest of the study, or something else of it
-        packed.setdefault(uid, []).append(identity)
+        else:
+            packed.setdefault(uid, []).append(identity)
     for uid, identities in packed.items():
         if uid and len({contents(groups[identity][0]) for identity in identities}) > 1:
             for identity in identities[1:]:
