@@ -61,7 +61,10 @@ class Recorded:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._loss = self._step(self._batch)
         except RuntimeError as error:
-            warnings.warn(f"The steps cannot be recorded ({error}); they take longer one by one.", stacklevel=2)
+            warnings.warn(
+                f"The steps cannot be recorded ({type(error).__name__}) and run kernel by kernel, which takes longer.",
+                stacklevel=2,
+            )
         else:
             self._graph = graph
 
