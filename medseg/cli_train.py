@@ -96,7 +96,8 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             progress=report,
         )
     if starts_first():  # of several processes one has scores, and shows them
-        _say_how_large(model / "cache")
+        if not as_json:
+            _say_how_large(model / "cache")
         _show_trained(scores, model, turn, as_json=as_json)
 
 
