@@ -157,6 +157,7 @@ def a_dicomdir(folder: Path) -> Path:
     ).iterdir():
         files.add(file)
     files.write(folder / "cd")
+    files._stage["t"].cleanup()  # pydicom leaves this folder to the garbage collector, whose warning fails another test
     return folder / "cd" / "DICOMDIR"
 
 
