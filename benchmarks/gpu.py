@@ -29,7 +29,8 @@ from scipy import ndimage
 from training import FOLDERS, HERE, PEER, run_measured
 from training_speed import as_nnunet
 
-from medseg.model.plan import Network, Plan
+from medseg.model.plan import Plan
+from medseg.networks.kinds import Network
 from medseg.train.loop import plan_dataset
 from medseg.train.settings import TrainSettings
 

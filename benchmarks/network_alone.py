@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from medseg.io import load
-from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.preprocess import prepare
 from medseg.model.runtime import make_runtime
 from medseg.model.weights import load_network
+from medseg.networks.build import placed
 
 TIMED_TILES = 20
 STEP = 0.5

@@ -18,10 +18,11 @@ from phantom_ct import TRUNK
 from torch import Tensor, nn
 
 from medseg.labels import make_labels
-from medseg.model.networks import build_network
-from medseg.model.plan import Channel, Network, Plan
+from medseg.model.plan import Channel, Plan
 from medseg.model.preprocess import prepare
 from medseg.model.weights import save_weights
+from medseg.networks.build import build_network
+from medseg.networks.kinds import Network
 from medseg.process.normalize import CTNormalization
 from medseg.volume import Grid, Volume
 

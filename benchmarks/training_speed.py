@@ -17,7 +17,8 @@ from typing import Any
 
 from training import FOLDERS, HERE, PATCHES, PEER, parser_of, run_measured
 
-from medseg.model.plan import Network, Plan
+from medseg.model.plan import Plan
+from medseg.networks.kinds import Network
 from medseg.train.loop import plan_dataset
 from medseg.train.settings import TrainSettings
 

@@ -13,6 +13,15 @@ Assume = Annotated[
     typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
 ]
 Start = Annotated[str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")]
+Network = Annotated[str | None, typer.Option(help="Which network to plan, such as unet; docs/networks.md lists them.")]
+NetworkWidth = Annotated[
+    int | None, typer.Option("--width", help="Features at the finest resolution; by default by the device.")
+]
+NetworkDepth = Annotated[
+    int | None, typer.Option("--depth", help="Resolutions of the network; by default as many as the patch allows.")
+]
+NetworkSize = Annotated[str | None, typer.Option("--size", help="A preset of the network: S, M or L.")]
+Dropout = Annotated[float | None, typer.Option(help="Share of feature maps that a step omits; kept in train.json.")]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")]
 Uncertainty = Annotated[
     bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")

@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medseg.cli_options import AsJson, Device, Start
+from medseg.cli_options import (
+    AsJson,
+    Device,
+    Dropout,
+    Network,
+    NetworkDepth,
+    NetworkSize,
+    NetworkWidth,
+    Start,
+)
 from medseg.cli_show import EXIT_FAILED, clock, print_json, print_table, progress, show_scores
 from medseg.cli_terminal import err
 from medseg.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from medseg.report.metrics import Scores
+    from medseg.train.architectures import NetworkOptions
     from medseg.train.run import TrainProgress
 
 UNSCORED = (
@@ -24,10 +34,15 @@ UNSCORED = (
 )
 
 
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 - one option for each decision
     dataset: Annotated[Path, typer.Argument(help="A folder in medseg's, nnU-Net's raw or the decathlon's layout.")],
     model: Annotated[Path, typer.Argument(help="The model folder to make; a plan.json that is there is explained.")],
     start: Start = None,
+    network: Network = None,
+    width: NetworkWidth = None,
+    depth: NetworkDepth = None,
+    size: NetworkSize = None,
+    dropout: Dropout = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +54,13 @@ def plan(
 
     with progress(as_json=as_json) as show:
         _, made = plan_dataset(
-            dataset, model, start=start, device=device, progress=lambda now: show(now.stage, now.done, "")
+            dataset,
+            model,
+            start=start,
+            device=device,
+            dropout=dropout,
+            progress=lambda now: show(now.stage, now.done, ""),
+            **_options(network, width, depth, size),
         )
     rows = explain(Fingerprint.load(model / "fingerprint.json"), made, kept_capacity(model))
     if as_json:
@@ -60,6 +81,11 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
         int | None, typer.Option(help="How many parts there are; by default as train.json says, or 5.")
     ] = None,
     start: Start = None,
+    network: Network = None,
+    width: NetworkWidth = None,
+    depth: NetworkDepth = None,
+    size: NetworkSize = None,
+    dropout: Dropout = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -93,12 +119,32 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             start=start,
             device=device,
             tensorboard=tensorboard,
+            dropout=dropout,
             progress=report,
+            **_options(network, width, depth, size),
         )
     if starts_first():  # of several processes one has scores, and shows them
         if not as_json:
             _say_how_large(model / "cache")
         _show_trained(scores, model, turn, as_json=as_json)
+
+
+def _options(network: str | None, width: int | None, depth: int | None, size: str | None) -> NetworkOptions:
+    """Return what was said of the network. Raises UsageError for a size that is not a preset."""
+    from medseg.train.architectures import SIZES, NetworkOptions
+
+    options = NetworkOptions()
+    if network is not None:
+        options["network"] = network
+    if width is not None:
+        options["width"] = width
+    if depth is not None:
+        options["depth"] = depth
+    if size is not None:
+        if size not in SIZES:
+            raise UsageError(f"The size of a network is {', '.join(SIZES)}; not {size!r}.")
+        options["size"] = SIZES[size]
+    return options
 
 
 def _show_trained(scores: Scores, model: Path, turn: int | str, *, as_json: bool) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from medseg.labels import make_labels
-from medseg.model.networks import build_network
-from medseg.model.plan import Channel, Network, Plan
+from medseg.model.plan import Channel, Plan
 from medseg.model.segmenter import Model
+from medseg.networks.build import build_network
+from medseg.networks.kinds import Network
 from medseg.process.normalize import CTNormalization, ZScore
 
 torch.set_num_threads(1)  # networks this small only wait for a second thread; and sums are the same on every machine

@@ -13,8 +13,8 @@ from datasets import make_balls, make_shells, small_plan
 from models import tiny_model
 
 from medseg import Model, SoftMaps, load
-from medseg.model.networks import build_network, placed
 from medseg.model.weights import state_of
+from medseg.networks.build import build_network, placed
 from medseg.train import augment, feed
 from medseg.train.augment import CHANGES, change_intensities, noise
 from medseg.train.cache import prepare_cases

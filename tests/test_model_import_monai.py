@@ -250,7 +250,6 @@ REFUSED = {
     },
     "setting of NormalizeIntensity": {"preprocessing": compose(files.transform("NormalizeIntensityd", divisor=2))},
     "inferer that medseg does not have: SimpleInferer": {"inferer": {"_target_": "SimpleInferer"}},
-    "must be divisible": {"roi": [15, 16, 8]},
     "mixture of transforms": {"postprocessing": compose()},
     "order of transforms behind": {"postprocessing": compose(*files.behind(discrete_first=True))},
     "too large, or refers to itself": {"roi": ["@roi"]},

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.model.plan import Network, Plan
+from medseg.model.plan import Plan
+from medseg.networks.kinds import Network
 from medseg.process.normalize import CTNormalization
 
 
@@ -45,7 +46,7 @@ def edited(tmp_path, **changes):
         ({"windowing": 3}, "windowing: Extra inputs are not permitted"),
         ({"format": 2}, "format: Input should be 1"),
         ({"spacing_mm": [1, 0, 1]}, "spacing_mm.1: Input should be greater than or equal to 0.000001"),
-        ({"patch": [16, 15, 8]}, "must be divisible by the network's strides"),
+        ({"patch": [512, 512, 513]}, "has over 134217728 voxels"),
         ({"labels": []}, "labels: Tuple should have at least 1 item"),
         ({"resampling": {"separate": 3}}, "only with the method resize"),
         ({"regions": [{"name": "all", "members": [1, 2], "value": 2}]}, "must be those of the labels"),

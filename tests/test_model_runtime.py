@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from medseg.errors import UsageError
 from medseg.model import runtime_cache
-from medseg.model.networks import build_network, placed
 from medseg.model.runtime import PACKAGES, make_runtime
 from medseg.model.runtime_cache import fingerprint, read, write
+from medseg.networks.build import build_network, placed
 
 CPU = torch.device("cpu")
 PLAN = tiny_plan()

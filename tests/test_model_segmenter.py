@@ -370,7 +370,7 @@ def test_an_unknown_device_is_refused():
     ],
 )  # fmt: skip
 def test_a_network_of_monai_is_built_only_where_its_weights_fit(model_folder, monkeypatch, network):
-    monkeypatch.setattr("medseg.model.networks._drop_counters", drop := Counted())
+    monkeypatch.setattr("medseg.networks.monai_nets._drop_counters", drop := Counted())
     plan = json.loads((model_folder / "plan.json").read_text()) | {"network": network, "patch": [32, 32, 32]}
     (model_folder / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ModelError, match="do not fit the plan"):

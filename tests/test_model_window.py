@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from models import threshold_model, tiny_model, tiny_plan
 from torch import Tensor, nn
 
-from medseg.model.networks import build_network
 from medseg.model.predict import Predictor
 from medseg.model.preprocess import prepare
 from medseg.model.segmenter import Model
 from medseg.model.timing import Report
 from medseg.model.window import Window, finished_rows
+from medseg.networks.build import build_network
 from medseg.volume import Grid, Volume
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from medseg.errors import InputError
 from medseg.labels import make_labels
-from medseg.model.plan import Channel, Network, Plan
+from medseg.model.plan import Channel, Plan
 from medseg.model.preprocess import prepare
+from medseg.networks.kinds import Network
 from medseg.process.bias import correct_bias
 from medseg.process.normalize import ZScore
 from medseg.volume import Grid, Volume

@@ -10,7 +10,7 @@ from datasets import make_balls
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.model.networks import build_network, placed
+from medseg.networks.build import build_network, placed
 from medseg.train import capacity
 from medseg.train.capacity import by_memory, by_speed, find_capacity, kept_capacity, measured_speed, patch_bytes
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities

@@ -13,9 +13,9 @@ import torch
 from datasets import small_plan
 
 from medseg.errors import ModelError
-from medseg.model.networks import build_network
 from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
+from medseg.networks.build import build_network
 from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
 from medseg.train.loop import train_model

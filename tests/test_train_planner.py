@@ -13,6 +13,7 @@ from medseg.errors import DatasetError, ModelError
 from medseg.io import load, save
 from medseg.labels import make_labels
 from medseg.process.normalize import CTNormalization, ZScore
+from medseg.train.architectures import topology
 from medseg.train.dataset import read_dataset
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities, fingerprint
 from medseg.train.planner import (
@@ -23,7 +24,6 @@ from medseg.train.planner import (
     mirror_axes,
     normalization,
     target_spacing,
-    topology,
 )
 from medseg.train.sides import LabelPlace
 

@@ -20,10 +20,10 @@ from medseg.io.text import read_json, read_yaml
 from medseg.labels import make_labels
 from medseg.model import monai_steps as steps
 from medseg.model.imported import DESCRIBED, Imported, unsupported
-from medseg.model.monai_kinds import MonaiDynUNet, MonaiNetwork, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
 from medseg.model.monai_text import Unreadable, read_text
 from medseg.model.plan import Channel, Plan, Region
 from medseg.model.untrusted import checksum, read_checkpoint, weights_in
+from medseg.networks.monai_kinds import MonaiDynUNet, MonaiNetwork, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet
 from medseg.problems import first_problem
 
 INFERENCE = ("configs/inference.json", "configs/inference.yaml", "configs/inference.yml")

@@ -18,8 +18,9 @@ from medseg.io.text import read_json
 from medseg.labels import make_labels
 from medseg.model.imported import DESCRIBED, Imported, unsupported
 from medseg.model.nnunet_weights import renamed, turned
-from medseg.model.plan import Channel, Network, Plan, Region, Resampling
+from medseg.model.plan import Channel, Plan, Region, Resampling
 from medseg.model.untrusted import checksum, read_checkpoint, weights_in
+from medseg.networks.kinds import Network
 from medseg.problems import first_problem
 from medseg.process.normalize import CTNormalization, Normalization, Rescale, ZScore
 

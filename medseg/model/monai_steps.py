@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from medseg.model.imported import unsupported
-from medseg.model.monai_kinds import Count, Share
-from medseg.model.plan import Length, Resampling, Tiling, Triple
+from medseg.model.plan import Length, Resampling, Tiling
+from medseg.networks.kinds import Triple
+from medseg.networks.monai_kinds import Count, Share
 from medseg.process.normalize import Chain, CTNormalization, NonzeroZScore, Normalization, Rescale, Step, ZScore
 
 SPEED = {"sw_batch_size", "progress", "cache_roi_weight_map", "cpu_thresh", "buffer_steps", "buffer_dim"}

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medseg.errors import ModelError
 from medseg.labels import Label
-from medseg.model.monai_kinds import Count, MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Share, Size
 from medseg.model.stored import Stored
+from medseg.networks.kinds import AnyNetwork, Network, Triple
+from medseg.networks.monai_kinds import Count, Share
 from medseg.process.normalize import Normalization
-
-MOST_LEVELS = 16
-"""Resolutions of a network: a patch that is halved so often would have 32,768 voxels along an edge."""
 
 MOST_PATCH_VOXELS = 2**27
 """Voxels of a patch: 512 along each edge. No device that exists computes a larger one."""
 
-Width = Annotated[int, Field(ge=1, le=2**16)]
-Edge = Annotated[int, Field(ge=1, le=2**14)]
-Triple = tuple[Edge, Edge, Edge]
-Kernel = tuple[Size, Size, Size]
 Length = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
@@ -37,52 +31,6 @@ class Channel(BaseModel):
     name: str
     normalization: Normalization
     bias_correction: Literal["n4"] | None = None
-
-
-class Network(BaseModel):
-    """A U-Net: features, kernel sizes and strides of each resolution from the finest down (its stride is 1, 1, 1).
-
-    `blocks` counts the convolutions of each resolution in the encoder, or its residual blocks with `residual`;
-    `decoder_blocks` the convolutions of each in the decoder, from the coarsest up. By default there are two of each.
-    `heads` counts the lower resolutions that give an output of their own in training (deep supervision).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["unet"] = "unet"
-    residual: bool = False
-    features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
-    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
-    strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
-    blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
-    decoder_blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
-    heads: int = Field(ge=0, le=MOST_LEVELS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _two_blocks(cls, fields: Any) -> Any:
-        features = fields.get("features") if isinstance(fields, dict) else None
-        levels = min(len(features), MOST_LEVELS) if isinstance(features, list | tuple) else 0
-        return {"blocks": (2,) * levels, "decoder_blocks": (2,) * (levels - 1), **fields} if levels else fields
-
-    @model_validator(mode="after")
-    def _levels_agree(self) -> Network:
-        levels = len(self.features)
-        counts = {len(self.kernels), len(self.strides), len(self.blocks), len(self.decoder_blocks) + 1}
-        if counts != {levels} or self.strides[0] != (1, 1, 1) or self.heads > levels - 2:
-            raise ValueError(
-                "features, kernels, strides and blocks need one entry per resolution (decoder_blocks one less), the "
-                "first stride is 1, 1, 1, and heads are at most levels - 2"
-            )
-        return self
-
-    @property
-    def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible: the product of the strides along it."""
-        product = [1, 1, 1]
-        for stride in self.strides:
-            product = [a * b for a, b in zip(product, stride, strict=True)]
-        return product[0], product[1], product[2]
 
 
 class Resampling(BaseModel):
@@ -170,18 +118,13 @@ class Plan(Stored):
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     tiling: Tiling | None = None
     activation: Literal["softmax", "sigmoid"] | None = None
-    network: Annotated[
-        Network | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
-    ]
+    network: AnyNetwork
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Plan:
-        if any(edge % divisor for edge, divisor in zip(self.patch, self.network.divisor, strict=True)):
-            raise ValueError(
-                f"the patch {self.patch} must be divisible by the network's strides {self.network.divisor}"
-            )
-        if math.prod(self.patch) > MOST_PATCH_VOXELS:
-            raise ValueError(f"the patch {self.patch} has more than {MOST_PATCH_VOXELS} voxels")
+        seen = [-(-edge // by) * by for edge, by in zip(self.patch, self.network.divisor, strict=True)]
+        if math.prod(seen) > MOST_PATCH_VOXELS:
+            raise ValueError(f"the patch {self.patch}, as the network divides it, has over {MOST_PATCH_VOXELS} voxels")
         values = [label.value for label in self.labels]
         if values != sorted(set(values)):
             raise ValueError("labels must be listed by ascending value, each value once")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import UsageError
-from medseg.model.networks import memory_format
 from medseg.model.plan import Plan
+from medseg.networks.build import memory_format
 
 Run = Callable[[Tensor], Tensor]
 """From patches (B, C, I, J, K) to logits (B, outputs, I, J, K), float32, on one device."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from medseg.model import runtime_cache
-from medseg.model.plan import Network, Plan
+from medseg.model.plan import Plan
 from medseg.model.runtime import Run
+from medseg.networks.kinds import Network
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 CAPABILITIES = {"FP16": "float16", "BF16": "bfloat16"}
@@ -75,7 +76,8 @@ def _converted(network: nn.Module, plan: Plan) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     size = plan.patch
-    if isinstance(plan.network, Network):
+    whole = all(edge % by == 0 for edge, by in zip(plan.patch, plan.network.divisor, strict=True))
+    if isinstance(plan.network, Network) and whole:
         # The U-Net is traced on less than a patch, which is quicker and finds the same operations.
         i, j, k = (min(edge, 2 * divisor) for edge, divisor in zip(plan.patch, plan.network.divisor, strict=True))
         size = (i, j, k)

@@ -16,7 +16,6 @@ from medseg.cores import memory_bytes
 from medseg.errors import InputError, ModelError, UsageError
 from medseg.io import AnyPath, load
 from medseg.model.intended import Seen, kept_seen, modalities_of
-from medseg.model.networks import placed
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
 from medseg.model.preprocess import box_to_see, nearest_scores, network_grid, prepare, with_labels
@@ -27,6 +26,7 @@ from medseg.model.stream import pieces
 from medseg.model.timing import Report
 from medseg.model.weights import load_network
 from medseg.model.window import Progress, Window, finished_rows
+from medseg.networks.build import placed
 from medseg.process.cleanup import keep_largest_piece
 from medseg.process.patches import padding_to
 from medseg.volume import Volume

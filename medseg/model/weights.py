@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from medseg.errors import ModelError
 from medseg.io.files import check_regular, written_whole
-from medseg.model.networks import UNet, build_network
-from medseg.model.plan import Network, Plan
+from medseg.model.plan import Plan
+from medseg.networks.build import OWN, build_network
 
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
@@ -26,7 +26,7 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
     network = shapes_of(plan)
     check_state(network, shapes, path=file)
     state = _read(file)
-    if isinstance(plan.network, Network):
+    if plan.network.kind in OWN:
         # Copied, since what is read lies in the file itself, which somebody may write to while the network runs.
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
         network.load_state_dict(own, assign=True)
@@ -38,9 +38,6 @@ def load_network(plan: Plan, file: Path) -> nn.Module:
 
 def shapes_of(plan: Plan) -> nn.Module:
     """Return the plan's network without memory: a plan that asks for more than there is must not get it."""
-    if isinstance(plan.network, Network):
-        with torch.device("meta"):
-            return UNet(plan.network, plan.inputs, plan.outputs)  # without drawing weights, which loads a compiler
     with _WithoutMemory():
         return build_network(plan.network, plan.inputs, plan.outputs)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from medseg.cores import cores
-from medseg.model.networks import memory_format
+from medseg.networks.build import memory_format
 from medseg.train.augment import change_intensities
 from medseg.train.cache import Chunks, Prepared
 from medseg.train.sampler import Batch, Sampler

@@ -14,9 +14,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from medseg.labels import Label, label_map
 from medseg.model.intended import Range, Seen
-from medseg.model.monai_kinds import Count
 from medseg.model.plan import Length, Region
 from medseg.model.stored import Stored
+from medseg.networks.monai_kinds import Count
 from medseg.process.measured import box_around, measured
 from medseg.train.check import Findings, check_case, check_together, unseen
 from medseg.train.dataset import Case, Dataset, refuse

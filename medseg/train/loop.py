@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 
@@ -19,6 +19,7 @@ from medseg.model.plan import Plan
 from medseg.model.segmenter import Model, pick_device
 from medseg.model.weights import recipe_in
 from medseg.report.metrics import Scores
+from medseg.train.architectures import NetworkOptions
 from medseg.train.begin import plan_from, warn_of_seen, weights_to_begin_with
 from medseg.train.cache import needed_stems, prepare_cases
 from medseg.train.capacity import find_capacity, kept_capacity
@@ -51,7 +52,9 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     start: str | PathLike[str] | None = None,
     device: str | None = None,
     tensorboard: bool = False,
+    dropout: float | None = None,
     progress: Progress | None = None,
+    **options: Unpack[NetworkOptions],
 ) -> Scores:
     """Return the validation scores of fold `fold` of `folds` of a dataset folder, planned and trained into `folder`.
 
@@ -60,7 +63,8 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     What an earlier run has done is not done again.
     A plan.json that is in the folder is followed, and a train.json too: edit them to decide otherwise. The number of
     folds is that of train.json, of folds that came with the dataset, or 5, unless it is given. With `start`, a model,
-    its plan is followed with the labels of the dataset, and its weights are where the training begins.
+    its plan is followed with the labels of the dataset, and its weights are where the training begins. `options` and
+    `dropout` are those of `plan_dataset`.
     Under torchrun several processes train it together; the first one writes, validates and returns the scores.
     Raises UsageError for another word, and what `read_dataset`, `fingerprint` and `train_model` raise.
     """
@@ -71,7 +75,9 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     with joined() as ranks:
         progress = progress if ranks.is_first else None
         with ranks.first_alone():
-            cases, plan = plan_dataset(dataset, where, start=start, device=device, progress=progress)
+            cases, plan = plan_dataset(
+                dataset, where, start=start, device=device, dropout=dropout, progress=progress, **options
+            )
             settings = _settings_for(where, folds, cases, fold)
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
         train = partial(train, tensorboard=tensorboard, progress=progress)
@@ -95,16 +101,22 @@ def plan_dataset(
     *,
     start: str | PathLike[str] | None = None,
     device: str | None = None,
+    dropout: float | None = None,
     progress: Progress | None = None,
+    **options: Unpack[NetworkOptions],
 ) -> tuple[Dataset, Plan]:
     """Return a dataset and the plan of a model folder, which is made, with fingerprint.json, where it is not there.
 
     All cases are read and checked, unless fingerprint.json knows just these and none of their files is newer.
     The plan is made for a device, by default the fastest; what was found out about it is kept in capacity.json.
-    With `start` it is the plan of that model with the labels of the dataset.
-    Raises what `read_dataset`, `fingerprint` and `plan_from` raise.
+    With `start` it is the plan of that model with the labels of the dataset. `options` say which network is planned,
+    and how large (`architectures.NetworkOptions`); `dropout` is written to train.json.
+    Raises ModelError where the folder has a plan with another network, UsageError for options beside `start`, and what
+    `read_dataset`, `fingerprint`, `make_plan` and `plan_from` raise.
     """
     where = Path(folder)
+    if options and start is not None:
+        raise UsageError("A training that begins with a model has the network of that model: omit the options of one.")
     checked = where / "fingerprint.json"
     cases = read_dataset(dataset, check_files=False)
     if not _is_checked(cases, Path(dataset), checked):
@@ -113,23 +125,47 @@ def plan_dataset(
         facts.save(checked)
     if not (where / "plan.json").is_file():
         plan = (
-            _planned(where, pick_device(device))
+            _planned(where, pick_device(device), options)
             if start is None
             else plan_from(start, cases, Fingerprint.load(checked))
         )
         # Measuring took seconds, in which a training of another fold may have made the plan that it now follows.
         if not (where / "plan.json").is_file():
             plan.save(where / "plan.json")
+    if options and start is None:
+        _check_network(where, options)
+    if dropout is not None:
+        _set_dropout(where, dropout)
     return cases, Plan.load(where / "plan.json")
 
 
-def _planned(where: Path, device: torch.device) -> Plan:
+def _check_network(where: Path, options: NetworkOptions) -> None:
+    """Raise ModelError where a folder has a plan with another network than the one that is asked for."""
+    plan = Plan.load(where / "plan.json")
+    asked = make_plan(Fingerprint.load(where / "fingerprint.json"), kept_capacity(where), **options)
+    if plan.network != asked.network:
+        raise ModelError(
+            "The folder holds a plan with another network than the one that is asked for. Plan into another folder, "
+            "or omit the options of the network to follow this plan.",
+            path=where / "plan.json",
+            reason="network",
+        )
+
+
+def _set_dropout(where: Path, dropout: float) -> None:
+    """Write a share of dropout to train.json. Raises UsageError for what is not a share."""
+    if not 0 <= dropout < 1:
+        raise UsageError(f"Dropout is a share from 0 to below 1 of the feature maps; not {dropout}.")
+    _kept_settings(where).model_copy(update={"dropout": dropout}).save(where / "train.json")
+
+
+def _planned(where: Path, device: torch.device, options: NetworkOptions) -> Plan:
     """Return the plan for a fingerprint and a device; its capacity is found, unless capacity.json is of such a one."""
     facts, capacity = Fingerprint.load(where / "fingerprint.json"), kept_capacity(where)
     if capacity.device != device.type:
         capacity = find_capacity(facts, device, _kept_settings(where).batch)
         capacity.save(where / "capacity.json")
-    return make_plan(facts, capacity)
+    return make_plan(facts, capacity, **options)
 
 
 def _settings_for(where: Path, folds: int | None, cases: Dataset, fold: Fold | str) -> TrainSettings:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from medseg.errors import ModelError
-from medseg.model.networks import build_network, placed
 from medseg.model.plan import Plan
 from medseg.model.weights import begin_with
+from medseg.networks.build import build_network, placed
 from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.feed import batches
 from medseg.train.loss import deep_loss
@@ -35,10 +35,10 @@ READ_STEPS = 25
 def new_state(plan: Plan, settings: TrainSettings, device: torch.device, start: Path | None = None) -> TrainState:
     """Return a network with its running average and optimizer: random from the seed, or with the weights `start`.
 
-    Raises ModelError where that model's network is another one, or none of medseg's own.
+    Raises ModelError where that model's network is another one.
     """
     torch.manual_seed(settings.seed)
-    network = build_network(plan.unet, len(plan.channels), plan.outputs)
+    network = build_network(plan.network, plan.inputs, plan.outputs)
     if start is not None:
         begin_with(network, start)
     network = placed(network, device).train()
@@ -129,6 +129,7 @@ def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> Tens
     with told_if_not_compiled(settings), computing(settings, batch.images.device):
         with autocast(settings, batch.images.device):
             logits = forward(batch.images)
-        loss = deep_loss(settings.loss, logits, batch.target, batch.known) / settings.accumulate
+        heads = logits if isinstance(logits, list) else [logits]
+        loss = deep_loss(settings.loss, heads, batch.target, batch.known) / settings.accumulate
         torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
     return loss.detach()

@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medseg.errors import ModelError
-from medseg.model.networks import UNet
 from medseg.model.runtime import tf32
 from medseg.train.settings import TrainSettings
 
@@ -47,11 +46,12 @@ def _dropped(share: float, module: nn.Module, _: Any, features: Tensor) -> Tenso
 def recompute(network: nn.Module) -> None:
     """Keep only what goes into and out of each stage; the backward pass computes the rest again.
 
+    A network says in `stages` what these are.
     Source: Chen et al., "Training deep nets with sublinear memory cost", 2016.
     """
-    if isinstance(network, UNet):
-        for stage in (*network.encoder, *network.decoder):
-            stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
+    stages: list[nn.Module] = getattr(network, "stages", [])
+    for stage in stages:
+        stage.forward = partial(checkpoint, stage.forward, use_reentrant=False)
 
 
 @contextmanager

@@ -7,25 +7,23 @@ Kinds of rules, after Isensee et al., "nnU-Net", Nature Methods 2021: *fixed* (t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Unpack
 
 import numpy as np
 
 from medseg.labels import Label
-from medseg.model.monai_kinds import Count, Width
-from medseg.model.plan import Channel, Network, Plan, Triple
+from medseg.model.plan import Channel, Plan
 from medseg.model.stored import Stored
+from medseg.networks.kinds import Triple
+from medseg.networks.monai_kinds import Count, Width
 from medseg.process.normalize import CTNormalization, ZScore
+from medseg.train.architectures import NetworkOptions, described, divisible_patch, name_of, numbers_for
 from medseg.train.dataset_json import members_of
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
 from medseg.train.sides import side_by_name, side_by_place
 
 ANISOTROPY = 3.0
 """Voxels longer than this along one axis than along the others call for rules of their own."""
-
-SMALLEST_MAP = 4
-"""Voxels that the coarsest feature map keeps along each axis."""
-
-MOST_FEATURES = 256
 
 Numbers = tuple[float, float, float]
 
@@ -57,14 +55,21 @@ FIXED = Capacity()
 """Patches of 64 x 64 x 32 voxels and 16 features: what two cores train on at about one step a second."""
 
 
-def make_plan(fingerprint: Fingerprint, capacity: Capacity = FIXED) -> Plan:
-    """Return the plan for a dataset and a device: spacing, patch, network and normalization, each by its rule."""
+def make_plan(
+    fingerprint: Fingerprint,
+    capacity: Capacity = FIXED,
+    **options: Unpack[NetworkOptions],
+) -> Plan:
+    """Return the plan for a dataset and a device: spacing, patch, network and normalization, each by its rule.
+
+    `options` say which network it is, and how large (`architectures.NetworkOptions`).
+    Raises UsageError for a network that medseg does not have, and for one that cannot be so large.
+    Example: make_plan(facts, network="residual_unet", width=24)
+    """
     spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
     shape = median_shape(fingerprint.cases, spacing)
     widest = first_patch(shape, spacing, capacity.voxels)
-    kernels, strides = topology(widest, spacing)
-    patch = divisible_patch(widest, _triple(np.prod(strides, axis=0).tolist()))
-    features = tuple(min(MOST_FEATURES, capacity.features * 2**level) for level in range(len(strides)))
+    numbers = numbers_for(widest, spacing, capacity.features, **options)
     return Plan(
         name=fingerprint.name,
         channels=tuple(
@@ -75,9 +80,9 @@ def make_plan(fingerprint: Fingerprint, capacity: Capacity = FIXED) -> Plan:
         regions=fingerprint.regions,
         spacing_mm=spacing,
         measured_only=True,
-        patch=patch,
+        patch=divisible_patch(widest, numbers.divisor),
         mirror_axes=mirror_axes(fingerprint.labels, fingerprint.cases),
-        network=Network(features=features, kernels=kernels, strides=strides, heads=min(2, len(strides) - 2)),
+        network=numbers,
     )
 
 
@@ -89,7 +94,6 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
     spacings = np.asarray([case.spacing_mm for case in fingerprint.cases])
     shape = median_shape(fingerprint.cases, plan.spacing_mm)
     boxes, inside = (float(np.median([one(case) for case in fingerprint.cases])) for one in (_box_share, _measured))
-    kernels = ", ".join("x".join(map(str, kernel)) for kernel in plan.unet.kernels)
     low, high = (_joined(np.percentile(spacings, share, axis=0)) for share in (0, 100))
     median = _joined(np.median(spacings, axis=0))
     reasons = {
@@ -104,7 +108,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
             f"rule: the median case, {_joined(shape)}, within {capacity.voxels} voxels for {capacity.why}",
         ),
         "network": (
-            f"{len(plan.unet.strides)} resolutions, features {_joined(plan.unet.features)}, kernels {kernels}",
+            described(plan.network),
             "rule: an axis is halved to 4 voxels, unless it is twice as coarse as the finest; features by the device",
         ),
         "channels": (
@@ -114,7 +118,7 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         "mirror_axes": (_joined(plan.mirror_axes) or "none", _why_mirrored(fingerprint)),
         "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
     }
-    own = make_plan(fingerprint, capacity)
+    own = make_plan(fingerprint, capacity, network=name_of(plan.network))
     changed = {field for field in reasons if getattr(plan, field) != getattr(own, field)}
     return [
         {"decision": field, "value": value, "why": "yours, or of the model to begin with" if field in changed else why}
@@ -191,37 +195,6 @@ def first_patch(shape: Triple, spacing_mm: Numbers, voxels: int) -> Triple:
     return i, j, k
 
 
-def divisible_patch(widest: Triple, divisor: Triple) -> Triple:
-    """Return a patch that the network can halve, no larger than the widest: padding costs time and teaches little.
-
-    Empirical: on crops of 35 x 50 x 35 voxels patches of 32 x 48 x 32 learn in half the time of 40 x 56 x 40.
-    """
-    return _triple([max(by, edge // by * by) for edge, by in zip(widest, divisor, strict=True)])
-
-
-def topology(patch: Triple, spacing_mm: Numbers) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
-    """Return the (kernels, strides) of each resolution, finest first; at least three resolutions.
-
-    Rule-based (nnU-Net, supplementary note 2): an axis is halved while it keeps SMALLEST_MAP voxels and is not yet
-    twice as coarse as the finest; it is convolved once it is no more than twice as coarse.
-    """
-    size, spacing = list(patch), list(spacing_mm)
-    kernels: list[Triple] = []
-    strides: list[Triple] = [(1, 1, 1)]
-    while True:
-        finest = min(spacing)
-        kernels.append(_triple([3 if length < 2 * finest else 1 for length in spacing]))
-        able = [edge >= 2 * SMALLEST_MAP for edge in size]
-        floor = min((length for length, ok in zip(spacing, able, strict=True) if ok), default=0.0)
-        stride = [2 if ok and length < 2 * floor else 1 for ok, length in zip(able, spacing, strict=True)]
-        if max(stride) == 1 and len(strides) >= 3:
-            break
-        strides.append(_triple(stride))
-        size = [-(-edge // by) for edge, by in zip(size, stride, strict=True)]
-        spacing = [length * by for length, by in zip(spacing, stride, strict=True)]
-    return tuple(kernels), tuple(strides)
-
-
 def normalization(channel: str, numbers: Intensities) -> CTNormalization | ZScore:
     """Return how a channel is normalized: CT by the dataset's numbers, all else by its own. Rule-based."""
     if channel.casefold() == "ct":
@@ -247,8 +220,3 @@ def _why_mirrored(fingerprint: Fingerprint) -> str:
     side = _side(fingerprint.labels, fingerprint.cases)
     looked = "name or place" if any(case.label_places for case in fingerprint.cases) else "name"
     return f"empirical: none, as {side}" if side else f"empirical: left-right, as no label has a side by its {looked}"
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    i, j, k = values
-    return i, j, k

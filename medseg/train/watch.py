@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from medseg.errors import UsageError
 from medseg.io.files import written_whole
-from medseg.model.networks import memory_format
 from medseg.model.plan import Plan
+from medseg.networks.build import memory_format
 from medseg.train.cache import Prepared
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import Fold

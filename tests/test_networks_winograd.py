@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from medseg.model import networks, winograd
-from medseg.model.networks import build_network
-from medseg.model.plan import Network
+from medseg.networks import layers, winograd
+from medseg.networks.build import build_network
+from medseg.networks.kinds import Network
 
 CUBES = ((3, 3, 3), (3, 3, 3))
 
@@ -115,11 +115,11 @@ def test_a_wide_network_trains_as_with_torchs_layers(monkeypatch):
     network = build_network(WIDE, 1, 2).train()
     image = torch.randn(1, 1, 16, 32, 32).to(memory_format=torch.channels_last_3d)
     calls: list[Tensor] = []
-    real = networks.convolve
-    monkeypatch.setattr(networks, "convolve", lambda image, kernels: calls.append(image) or real(image, kernels))
+    real = layers.convolve
+    monkeypatch.setattr(layers, "convolve", lambda image, kernels: calls.append(image) or real(image, kernels))
     own = gradients(network, image)
     assert len(calls) == 2  # the second of the encoder's finest, and that of its decoder
-    monkeypatch.setattr(networks, "_is_plain", lambda image: False)
+    monkeypatch.setattr(layers, "_is_plain", lambda image: False)
     for fast, usual in zip(own, gradients(network, image), strict=True):
         torch.testing.assert_close(fast, usual, rtol=2e-3, atol=2e-5)
     assert len(calls) == 2
@@ -131,17 +131,17 @@ def test_a_wide_network_infers_as_with_torchs_layers(monkeypatch):
     image = torch.randn(1, 1, 16, 32, 32).to(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
         own = network(image)
-        monkeypatch.setattr(networks, "convolve", None)
+        monkeypatch.setattr(layers, "convolve", None)
         with pytest.raises(TypeError, match="not callable"):
             network(image)
-        monkeypatch.setattr(networks, "_is_plain", lambda image: False)
+        monkeypatch.setattr(layers, "_is_plain", lambda image: False)
         torch.testing.assert_close(own, network(image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_half_precision_and_whoever_traces_a_network_see_torchs_layers(monkeypatch):
-    monkeypatch.setattr(networks, "pays", lambda image, kernels: True)
-    monkeypatch.setattr(networks, "convolve", None)  # to call it is an error
+    monkeypatch.setattr(layers, "pays", lambda image, kernels: True)
+    monkeypatch.setattr(layers, "convolve", None)  # to call it is an error
     network = build_network(WIDE.model_copy(update={"features": (2, 3)}), 1, 2).eval()
     image = torch.randn(1, 1, 4, 6, 6)
     with pytest.raises(TypeError, match="not callable"):
@@ -155,7 +155,7 @@ def test_half_precision_and_whoever_traces_a_network_see_torchs_layers(monkeypat
 @pytest.mark.parametrize("stride", [(2, 2, 2), (1, 2, 2), (2, 2, 1)])
 def test_upsampling_in_training_has_torchs_values_and_gradients(stride):
     torch.manual_seed(3)
-    up = networks._upsampling(5, 3, stride)
+    up = layers.upsampling(5, 3, stride)
     torch.nn.init.normal_(up.bias)
     image = torch.randn(2, 5, 4, 3, 6)
     found = []

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.model.networks import build_network
-from medseg.model.plan import Network
+from medseg.networks.build import build_network
+from medseg.networks.kinds import Network
+from medseg.networks.layers import Convolution
 
 FLAT = Network(
     features=(4, 6, 6),
@@ -69,10 +70,8 @@ def test_groups_of_one_channel_are_instance_normalization():
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
 def test_the_fast_normalization_has_torchs_values_and_gradients(layout):
     """Of single channels with a leaky ReLU behind: medseg's own backward pass against torch's."""
-    from medseg.model.networks import _Convolution
-
     torch.manual_seed(3)
-    block = _Convolution(3, 5, (3, 3, 3)).train()
+    block = Convolution(3, 5, (3, 3, 3)).train()
     torch.nn.init.normal_(block.norm.weight)
     torch.nn.init.normal_(block.norm.bias)
     image = (2 + 3 * torch.randn(2, 3, 6, 7, 5)).to(memory_format=layout).requires_grad_()

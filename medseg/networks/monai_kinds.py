@@ -30,7 +30,7 @@ class _Kind(BaseModel):
 
     @property
     def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible."""
+        """By what each edge is divided; a network adds zeros behind a patch that cannot be."""
         return 1, 1, 1
 
 
@@ -51,7 +51,7 @@ class MonaiUNet(_Kind):
 
     @property
     def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible: the product of the strides along it."""
+        """By what each edge is divided: the product of the strides along it."""
         return _product(self.strides)
 
 
@@ -70,7 +70,7 @@ class MonaiSegResNet(_Kind):
 
     @property
     def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible."""
+        """By what each edge is divided; a network adds zeros behind a patch that cannot be."""
         return (2 ** (len(self.blocks_down) - 1),) * 3
 
 
@@ -92,7 +92,7 @@ class MonaiDynUNet(_Kind):
 
     @property
     def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible: the product of the strides along it."""
+        """By what each edge is divided: the product of the strides along it."""
         return _product(self.strides)
 
 
@@ -119,7 +119,7 @@ class MonaiSwinUNETR(_Kind):
 
     @property
     def divisor(self) -> Triple:
-        """By what each edge of a patch must be divisible."""
+        """By what each edge is divided; a network adds zeros behind a patch that cannot be."""
         return 32, 32, 32
 
 

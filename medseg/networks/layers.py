@@ -1,20 +1,17 @@
-"""Networks, built from the numbers in a plan."""
+"""Layers that medseg's networks share, each as fast as a CPU and a GPU allow."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medseg.errors import ModelError
-from medseg.model.monai_kinds import MonaiNetwork
-from medseg.model.plan import Network, Triple
-from medseg.model.winograd import convolve, pays
+from medseg.networks.kinds import Triple
+from medseg.networks.winograd import convolve, pays
 
 SLOPE = 0.01
 """Of the leaky ReLU below 0."""
@@ -22,110 +19,32 @@ SLOPE = 0.01
 ONE: Triple = (1, 1, 1)
 
 
-def build_network(network: Network | MonaiNetwork, inputs: int, outputs: int) -> nn.Module:
-    """Return an untrained network that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
-
-    In training mode a U-Net returns a list of logits, one for each resolution that has a head, the finest first.
-    """
-    if not isinstance(network, Network):
-        return _monai(network, inputs, outputs)
-    return UNet(network, inputs, outputs).apply(_initialize)
+def padded(image: Tensor, divisor: Triple) -> Tensor:
+    """Return images (B, C, I, J, K) with zeros behind, so that each edge can be divided; as they are where it can."""
+    missing = [-edge % by for edge, by in zip(image.shape[2:], divisor, strict=True)]
+    if not any(missing):
+        return image
+    return functional.pad(image, [length for edge in reversed(missing) for length in (0, edge)])
 
 
-def _monai(network: MonaiNetwork, inputs: int, outputs: int) -> nn.Module:
-    """Return an untrained network of MONAI that takes (B, inputs, I, J, K) to logits (B, outputs, I, J, K).
-
-    Raises ModelError where MONAI refuses its numbers, or einops is missing.
-    """
-    if network.kind == "monai_swinunetr" and not find_spec("einops"):
-        raise ModelError(
-            'SwinUNETR needs a package that is not installed. Install it with: pip install "medseg[swin]"',
-            reason="not_installed",
-        )
-    from monai.networks import nets
-
-    kinds = {
-        "monai_unet": nets.UNet,
-        "monai_segresnet": nets.SegResNet,
-        "monai_dynunet": nets.DynUNet,
-        "monai_swinunetr": nets.SwinUNETR,
-    }
-    settings: dict[str, Any] = network.model_dump(exclude={"kind"})
-    try:
-        built: nn.Module = kinds[network.kind](spatial_dims=3, in_channels=inputs, out_channels=outputs, **settings)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            "MONAI cannot build the network of the model from its numbers: they contradict each other, or name a layer "
-            "that MONAI does not have.",
-            reason="network",
-        ) from error
-    _drop_counters(built)
-    return built
+def cropped(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return images without what lies behind a size (I, J, K); as they are where nothing does."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    i, j, k = size
+    return image[:, :, :i, :j, :k]
 
 
-def _drop_counters(network: nn.Module) -> None:
-    """Leave tables and counters of whole numbers out of the weights: they follow from the kind, or serve training."""
-    for module in network.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if not buffer.is_floating_point():
-                module.register_buffer(name, buffer, persistent=False)
+def cropped_heads(heads: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
+    """Return logits of several resolutions, the finest first, each without what lies behind images of a size."""
+    finest = heads[0].shape[2:]
+    return [
+        cropped(head, [-(-edge * own // full) for edge, own, full in zip(size, head.shape[2:], finest, strict=True)])
+        for head in heads
+    ]
 
 
-def placed(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, in the layout that is fastest there."""
-    return network.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload, no-any-return]
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the layout of images and weights that convolutions are fastest in: channels last on a CPU."""
-    return torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
-
-
-class UNet(nn.Module):
-    """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), plain or with a residual encoder.
-
-    The decoder's stages are counted from the bottleneck up, `outputs` from the finest resolution down.
-    """
-
-    def __init__(self, plan: Network, inputs: int, outputs: int):
-        super().__init__()
-        features = plan.features
-        self.stem = _Convolution(inputs, features[0], plan.kernels[0]) if plan.residual else nn.Identity()
-        widths = [features[0] if plan.residual else inputs, *features]
-        block = _Residual if plan.residual else _Convolution
-        self.encoder = nn.ModuleList(
-            _stage(block, widths[level : level + 2], plan.kernels[level], plan.strides[level], plan.blocks[level])
-            for level in range(len(features))
-        )
-        upward = range(len(features) - 2, -1, -1)
-        self.up = nn.ModuleList(
-            _upsampling(features[level + 1], features[level], plan.strides[level + 1]) for level in upward
-        )
-        self.decoder = nn.ModuleList(
-            _stage(_Convolution, (2 * features[level], features[level]), plan.kernels[level], ONE, count)
-            for level, count in zip(upward, plan.decoder_blocks, strict=True)
-        )
-        self.outputs = nn.ModuleList(nn.Conv3d(width, outputs, 1) for width in features[: plan.heads + 1])
-
-    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Return the logits of images; in training mode a list of them."""
-        image = self.stem(image)
-        skips = []
-        for stage in self.encoder:
-            image = stage(image)
-            skips.append(image)
-        skips.pop()
-        decoded = []
-        for up, stage in zip(self.up, self.decoder, strict=True):
-            image = stage(torch.cat([up(image), skips.pop()], dim=1))
-            if self.training:
-                decoded.append(image)
-        if not self.training:
-            return self.outputs[0](image)  # type: ignore[no-any-return]
-        return [output(part) for output, part in zip(self.outputs, reversed(decoded), strict=False)]
-
-
-class _Convolution(nn.Module):
+class Convolution(nn.Module):
     """Convolution, instance normalization and, if `active`, a leaky ReLU.
 
     The normalization is groups of one channel: the same numbers as torch's InstanceNorm3d, which turns its input back
@@ -135,11 +54,12 @@ class _Convolution(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = ONE, *, active: bool = True):
         super().__init__()
         padding = ((kernel[0] - 1) // 2, (kernel[1] - 1) // 2, (kernel[2] - 1) // 2)
-        self.conv = _Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.conv = WideConv3d(inputs, outputs, kernel, stride, padding, bias=False)
         self.norm = nn.GroupNorm(outputs, outputs)
-        self.active = _leaky_relu() if active else nn.Identity()
+        self.active = leaky_relu() if active else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return the features (B, outputs, ...) of images (B, inputs, ...)."""
         image = self.conv(image)
         by_hand = image.device.type == "cpu" and not torch.compiler.is_compiling()  # a compiler joins them itself
         if self.training and by_hand and not isinstance(self.active, nn.Identity):
@@ -155,23 +75,25 @@ class _Convolution(nn.Module):
             return functional.group_norm(image, self.norm.num_groups, weight, bias, self.norm.eps)
 
 
-class _Conv3d(nn.Conv3d):
+class WideConv3d(nn.Conv3d):
     """Torch's convolution, faster on a CPU where it is wide."""
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return what torch returns, up to rounding."""
         cube = self.kernel_size == (3, 3, 3) and self.stride == ONE
         if cube and _is_plain(image) and pays(image, self.weight):
             return convolve(image, self.weight)
         return super().forward(image)
 
 
-class _Upsampling(nn.ConvTranspose3d):
+class Upsampling(nn.ConvTranspose3d):
     """Torch's transposed convolution whose kernel is its stride, in training on a CPU as a product of matrices.
 
     The gradient of its weights takes oneDNN ten times as long.
     """
 
     def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
+        """Return features with as many voxels for each as the stride says."""
         if not (self.training and _is_plain(image)) or self.bias is None:
             return super().forward(image)
         factors = self.weight.shape[2:]
@@ -221,7 +143,7 @@ class _NormalizedActive(torch.autograd.Function):
         return torch.addcmul(offset, image, slope).addcmul_(gradient, scale), along.sum(0), total.sum(0), None
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Two convolutions beside a skip that pools and projects where resolution and width change.
 
     Source: He et al., "Bag of tricks for image classification", CVPR 2019 (ResNet-D).
@@ -229,36 +151,40 @@ class _Residual(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = ONE):
         super().__init__()
-        self.conv1 = _Convolution(inputs, outputs, kernel, stride)
-        self.conv2 = _Convolution(outputs, outputs, kernel, active=False)
+        self.conv1 = Convolution(inputs, outputs, kernel, stride)
+        self.conv2 = Convolution(outputs, outputs, kernel, active=False)
         self.pool = nn.Identity() if stride == ONE else nn.AvgPool3d(stride)
-        self.skip = nn.Identity() if inputs == outputs else _Convolution(inputs, outputs, ONE, active=False)
-        self.active = _leaky_relu()
+        self.skip = nn.Identity() if inputs == outputs else Convolution(inputs, outputs, ONE, active=False)
+        self.active = leaky_relu()
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return features of the outputs' width, as coarse as the stride says."""
         return self.active(self.conv2(self.conv1(image)) + self.skip(self.pool(image)))  # type: ignore[no-any-return]
 
 
-def _stage(
-    block: type[_Convolution] | type[_Residual], widths: Sequence[int], kernel: Triple, stride: Triple, count: int
+def stage_of(
+    block: type[Convolution] | type[Residual], widths: Sequence[int], kernel: Triple, stride: Triple, count: int
 ) -> nn.Sequential:
+    """Return `count` blocks in a row, the first of which changes width and resolution."""
     first = block(widths[0], widths[1], kernel, stride)
     return nn.Sequential(first, *(block(widths[1], widths[1], kernel) for _ in range(count - 1)))
 
 
-def _leaky_relu() -> nn.Module:
+def leaky_relu() -> nn.Module:
+    """Return the activation of medseg's own networks."""
     return nn.LeakyReLU(SLOPE, inplace=True)
 
 
-def _upsampling(inputs: int, outputs: int, stride: Triple) -> nn.ConvTranspose3d:
-    return _Upsampling(inputs, outputs, stride, stride)
+def upsampling(inputs: int, outputs: int, stride: Triple) -> nn.ConvTranspose3d:
+    """Return a transposed convolution whose kernel is its stride."""
+    return Upsampling(inputs, outputs, stride, stride)
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """Draw weights as He et al. (ICCV 2015) do for leaky ReLUs; a residual block begins as its skip alone."""
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, _Residual):
+    elif isinstance(module, Residual):
         nn.init.zeros_(module.conv2.norm.weight)

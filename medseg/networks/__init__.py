@@ -1,0 +1,1 @@
+"""Networks, one architecture a file, built from the numbers in a plan."""

@@ -1,0 +1,69 @@
+"""Networks in the words of a plan: the numbers that each kind is built from, and nothing that names a class."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from medseg.networks.monai_kinds import MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Size
+
+MOST_LEVELS = 16
+"""Resolutions of a network: a patch that is halved so often would have 32,768 voxels along an edge."""
+
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Edge = Annotated[int, Field(ge=1, le=2**14)]
+Triple = tuple[Edge, Edge, Edge]
+Kernel = tuple[Size, Size, Size]
+
+
+class Network(BaseModel):
+    """A U-Net: features, kernel sizes and strides of each resolution from the finest down (its stride is 1, 1, 1).
+
+    `blocks` counts the convolutions of each resolution in the encoder, or its residual blocks with `residual`;
+    `decoder_blocks` the convolutions of each in the decoder, from the coarsest up. By default there are two of each.
+    `heads` counts the lower resolutions that give an output of their own in training (deep supervision).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["unet"] = "unet"
+    residual: bool = False
+    features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
+    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
+    decoder_blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
+    heads: int = Field(ge=0, le=MOST_LEVELS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_blocks(cls, fields: Any) -> Any:
+        features = fields.get("features") if isinstance(fields, dict) else None
+        levels = min(len(features), MOST_LEVELS) if isinstance(features, list | tuple) else 0
+        return {"blocks": (2,) * levels, "decoder_blocks": (2,) * (levels - 1), **fields} if levels else fields
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Network:
+        levels = len(self.features)
+        counts = {len(self.kernels), len(self.strides), len(self.blocks), len(self.decoder_blocks) + 1}
+        if counts != {levels} or self.strides[0] != (1, 1, 1) or self.heads > levels - 2:
+            raise ValueError(
+                "features, kernels, strides and blocks need one entry per resolution (decoder_blocks one less), the "
+                "first stride is 1, 1, 1, and heads are at most levels - 2"
+            )
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge is divided: the product of the strides along it."""
+        product = [1, 1, 1]
+        for stride in self.strides:
+            product = [a * b for a, b in zip(product, stride, strict=True)]
+        return product[0], product[1], product[2]
+
+
+AnyNetwork = Annotated[
+    Network | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
+]
+"""Whatever a plan can name, told apart by `kind`."""

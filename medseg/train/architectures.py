@@ -1,0 +1,146 @@
+"""The networks that can be planned and trained, each adapted to the patch, the spacing and the device by its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict, Unpack
+
+from medseg.errors import UsageError
+from medseg.networks.kinds import AnyNetwork, Network, Triple
+
+SMALLEST_MAP = 4
+"""Voxels that the coarsest feature map keeps along each axis."""
+
+MOST_FEATURES, MOST_WIDTH = 256, 1024
+"""Of the coarsest resolutions by default, and at the finest where a user asks for more."""
+
+Numbers = tuple[float, float, float]
+
+Preset = Literal["S", "M", "L"]
+SIZES: dict[str, Preset] = {"S": "S", "M": "M", "L": "L"}
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Which network is planned, and how large.
+
+    `network` is one of NETWORKS, by default "unet". `width` counts its features at the finest resolution, by default
+    what the device can train on, and `depth` its resolutions, by default as many as the patch allows. `size` is a
+    preset, by default M.
+    """
+
+    network: str
+    width: int | None
+    depth: int | None
+    size: Preset
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is decided before the network: the widest patch, its spacing in mm, and how large the network may be.
+
+    `width` counts features at the finest resolution, `depth` resolutions (None: as many as the patch allows).
+    """
+
+    widest: Triple
+    spacing_mm: Numbers
+    width: int
+    depth: int | None = None
+    size: Preset = "M"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network by its name: what it is, what it adapts to, and its numbers for a frame."""
+
+    summary: str
+    adapts: str
+    numbers: Callable[[Frame], AnyNetwork]
+
+
+def unet(frame: Frame) -> Network:
+    """Return a plain U-Net: features double with each resolution, up to MOST_FEATURES."""
+    kernels, strides = topology(frame.widest, frame.spacing_mm, frame.depth)
+    features = tuple(min(max(MOST_FEATURES, frame.width), frame.width * 2**level) for level in range(len(strides)))
+    return Network(features=features, kernels=kernels, strides=strides, heads=max(0, min(2, len(strides) - 2)))
+
+
+NETWORKS: dict[str, Architecture] = {
+    "unet": Architecture(
+        "3D U-Net (Ronneberger 2015, Cicek 2016)", "patch, spacing, channels, classes, device; any size", unet
+    ),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """Return a network by its name. Raises UsageError where medseg has none of that name."""
+    if name not in NETWORKS:
+        raise UsageError(f"A network is one of {', '.join(NETWORKS)}; not {name!r}.", reason="network")
+    return NETWORKS[name]
+
+
+def numbers_for(widest: Triple, spacing_mm: Numbers, features: int, **options: Unpack[NetworkOptions]) -> AnyNetwork:
+    """Return the numbers of a network for a patch, its spacing and the features that a device can train on.
+
+    Raises UsageError for a network that medseg does not have, and for one that cannot be so large.
+    """
+    width, depth = options.get("width"), options.get("depth")
+    if width is not None and not 1 <= width <= MOST_WIDTH:
+        raise UsageError(f"The width of a network is 1 to {MOST_WIDTH} features at the finest resolution, not {width}.")
+    frame = Frame(widest, spacing_mm, width or features, depth, options.get("size", "M"))
+    return architecture(options.get("network", "unet")).numbers(frame)
+
+
+def name_of(network: AnyNetwork) -> str:
+    """Return under which name a network of a plan can be planned, or else its kind."""
+    return network.kind
+
+
+def described(network: AnyNetwork) -> str:
+    """Return the numbers of a network in a few words."""
+    if not isinstance(network, Network):
+        return network.kind
+    kernels = ", ".join("x".join(map(str, kernel)) for kernel in network.kernels)
+    features = " x ".join(map(str, network.features))
+    return f"{len(network.strides)} resolutions, features {features}, kernels {kernels}"
+
+
+def divisible_patch(widest: Triple, divisor: Triple) -> Triple:
+    """Return a patch that the network can halve, no larger than the widest: padding costs time and teaches little.
+
+    Empirical: on crops of 35 x 50 x 35 voxels patches of 32 x 48 x 32 learn in half the time of 40 x 56 x 40.
+    """
+    return _triple([max(by, edge // by * by) for edge, by in zip(widest, divisor, strict=True)])
+
+
+def topology(
+    patch: Triple, spacing_mm: Numbers, depth: int | None = None
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+    """Return the (kernels, strides) of each resolution, finest first; at least three, or as many as `depth` says.
+
+    Rule-based (nnU-Net, supplementary note 2): an axis is halved while it keeps SMALLEST_MAP voxels and is not yet
+    twice as coarse as the finest; it is convolved once it is no more than twice as coarse.
+    Raises UsageError for a depth that the patch does not have.
+    """
+    size, spacing = list(patch), list(spacing_mm)
+    kernels: list[Triple] = []
+    strides: list[Triple] = [(1, 1, 1)]
+    while True:
+        finest = min(spacing)
+        kernels.append(_triple([3 if length < 2 * finest else 1 for length in spacing]))
+        able = [edge >= 2 * SMALLEST_MAP for edge in size]
+        floor = min((length for length, ok in zip(spacing, able, strict=True) if ok), default=0.0)
+        stride = [2 if ok and length < 2 * floor else 1 for ok, length in zip(able, spacing, strict=True)]
+        if max(stride) == 1 and len(strides) >= 3:
+            break
+        strides.append(_triple(stride))
+        size = [-(-edge // by) for edge, by in zip(size, stride, strict=True)]
+        spacing = [length * by for length, by in zip(spacing, stride, strict=True)]
+    if depth is not None and not 2 <= depth <= len(strides):
+        raise UsageError(f"On patches of this size a network has 2 to {len(strides)} resolutions, and not {depth}.")
+    return tuple(kernels[:depth]), tuple(strides[:depth])
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    i, j, k = values
+    return i, j, k
