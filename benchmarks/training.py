@@ -79,18 +79,19 @@ class Bench:
         return content
 
 
-def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
+def medseg_run(bench: Bench, run: Run, settings: TrainSettings | None = None) -> dict[str, Any]:
     """Train, as a command from a cold start; the model validates itself.
 
-    The system ABSENT is medseg that is not told which organs were not drawn; what is scored is the same.
+    `settings` are the recipe, by default the usual one with the seed of the run. The system ABSENT is medseg that is
+    not told which organs were not drawn; what is scored is the same.
     """
     folder, dataset = bench.work / run.name, bench.data(run)
     if run.system == ABSENT:
         dataset = _without_cases_json(dataset, bench.work / f"{dataset.name}_{ABSENT}")
     if not (folder / "train.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_plan(bench, run), folder)
-        TrainSettings(seed=run.seed).save(folder / "train.json")
+        shutil.copy(plan_of(bench, run), folder)
+        (settings or TrainSettings(seed=run.seed)).save(folder / "train.json")
     command = [sys.executable, "-m", "medseg", "train", str(dataset), str(folder)]
     measured = run_measured([*command, "--budget", run.budget, "--fold", str(run.fold)], folder / "log.txt")
     _, validation = read_dataset(bench.data(run)).fold(run.fold, 5)
@@ -100,7 +101,7 @@ def medseg_run(bench: Bench, run: Run) -> dict[str, Any]:
     return asdict(measured) | {"steps_per_s": float(last["steps_per_s"]), "cases": cases}
 
 
-def _plan(bench: Bench, run: Run) -> Path:
+def plan_of(bench: Bench, run: Run) -> Path:
     """Return the plan of a dataset, made once: one that is made on fewer cores has smaller patches and more steps."""
     folder = bench.work / f"{run.dataset}_plan"
     if not (folder / "plan.json").exists():
