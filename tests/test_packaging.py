@@ -28,3 +28,10 @@ def test_each_model_that_ships_has_its_license_beside_it():
     for model in (ROOT / "medseg/models").iterdir():
         assert f"medseg/models/{model.name}/LICENSE" in metadata()["license_files"].split()
         assert "CC BY-SA 4.0" in (model / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_each_folder_of_code_is_in_the_package():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "medseg").rglob("__init__.py")}
+    assert found <= set(config["options"]["packages"].split())

@@ -23,12 +23,17 @@ class Network(BaseModel):
     `blocks` counts the convolutions of each resolution in the encoder, or its residual blocks with `residual`;
     `decoder_blocks` the convolutions of each in the decoder, from the coarsest up. By default there are two of each.
     `heads` counts the lower resolutions that give an output of their own in training (deep supervision).
+    `downsampling` is by convolutions with a stride or by pooling the largest of their voxels, `upsampling` by
+    transposed convolutions or by linear interpolation. With `attention` gates weigh the voxels of each skip.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["unet"] = "unet"
     residual: bool = False
+    attention: bool = False
+    downsampling: Literal["strided", "pooled"] = "strided"
+    upsampling: Literal["transposed", "interpolated"] = "transposed"
     features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
     kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
     strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)

@@ -15,6 +15,9 @@ SMALLEST_MAP = 4
 MOST_FEATURES, MOST_WIDTH = 256, 1024
 """Of the coarsest resolutions by default, and at the finest where a user asks for more."""
 
+RESIDUAL_BLOCKS = (1, 3, 4, 6)
+"""Of the encoder at each resolution; those below have as many as the last. Isensee et al., "nnU-Net revisited"."""
+
 Numbers = tuple[float, float, float]
 
 Preset = Literal["S", "M", "L"]
@@ -39,7 +42,8 @@ class NetworkOptions(TypedDict, total=False):
 class Frame:
     """What is decided before the network: the widest patch, its spacing in mm, and how large the network may be.
 
-    `width` counts features at the finest resolution, `depth` resolutions (None: as many as the patch allows).
+    `width` counts features at the finest resolution, which a user may have `asked` for; `depth` counts resolutions
+    (None: as many as the patch allows).
     """
 
     widest: Triple
@@ -47,6 +51,12 @@ class Frame:
     width: int
     depth: int | None = None
     size: Preset = "M"
+    asked: bool = False
+
+    @property
+    def scaled_width(self) -> int:
+        """The width that was asked for, or else that of the device as the preset scales it: half, as is, or double."""
+        return self.width if self.asked else max(1, round(self.width * {"S": 0.5, "M": 1, "L": 2}[self.size]))
 
 
 @dataclass(frozen=True)
@@ -61,14 +71,30 @@ class Architecture:
 def unet(frame: Frame) -> Network:
     """Return a plain U-Net: features double with each resolution, up to MOST_FEATURES."""
     kernels, strides = topology(frame.widest, frame.spacing_mm, frame.depth)
-    features = tuple(min(max(MOST_FEATURES, frame.width), frame.width * 2**level) for level in range(len(strides)))
+    width = frame.scaled_width
+    features = tuple(min(max(MOST_FEATURES, width), width * 2**level) for level in range(len(strides)))
     return Network(features=features, kernels=kernels, strides=strides, heads=max(0, min(2, len(strides) - 2)))
 
 
+def residual_unet(frame: Frame) -> Network:
+    """Return a U-Net whose encoder has RESIDUAL_BLOCKS, and whose decoder one convolution at each resolution."""
+    plain = unet(frame)
+    levels = len(plain.strides)
+    blocks = (*RESIDUAL_BLOCKS, *(RESIDUAL_BLOCKS[-1],) * levels)[:levels]
+    return plain.model_copy(update={"residual": True, "blocks": blocks, "decoder_blocks": (1,) * (levels - 1)})
+
+
+def attention_unet(frame: Frame) -> Network:
+    """Return a plain U-Net with an attention gate on each skip."""
+    return unet(frame).model_copy(update={"attention": True})
+
+
+ANY = "patch, spacing, channels, classes, device; any size"
+
 NETWORKS: dict[str, Architecture] = {
-    "unet": Architecture(
-        "3D U-Net (Ronneberger 2015, Cicek 2016)", "patch, spacing, channels, classes, device; any size", unet
-    ),
+    "unet": Architecture("3D U-Net (Ronneberger 2015, Cicek 2016)", ANY, unet),
+    "residual_unet": Architecture("U-Net with a residual encoder (nnU-Net revisited, 2024)", ANY, residual_unet),
+    "attention_unet": Architecture("U-Net with attention gates on its skips (Oktay 2018)", ANY, attention_unet),
 }
 
 
@@ -87,12 +113,14 @@ def numbers_for(widest: Triple, spacing_mm: Numbers, features: int, **options: U
     width, depth = options.get("width"), options.get("depth")
     if width is not None and not 1 <= width <= MOST_WIDTH:
         raise UsageError(f"The width of a network is 1 to {MOST_WIDTH} features at the finest resolution, not {width}.")
-    frame = Frame(widest, spacing_mm, width or features, depth, options.get("size", "M"))
+    frame = Frame(widest, spacing_mm, width or features, depth, options.get("size", "M"), width is not None)
     return architecture(options.get("network", "unet")).numbers(frame)
 
 
 def name_of(network: AnyNetwork) -> str:
     """Return under which name a network of a plan can be planned, or else its kind."""
+    if isinstance(network, Network):
+        return "residual_unet" if network.residual else "attention_unet" if network.attention else "unet"
     return network.kind
 
 
@@ -102,7 +130,7 @@ def described(network: AnyNetwork) -> str:
         return network.kind
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in network.kernels)
     features = " x ".join(map(str, network.features))
-    return f"{len(network.strides)} resolutions, features {features}, kernels {kernels}"
+    return f"{name_of(network)}: {len(network.strides)} resolutions, features {features}, kernels {kernels}"
 
 
 def divisible_patch(widest: Triple, divisor: Triple) -> Triple:
