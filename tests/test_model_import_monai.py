@@ -135,7 +135,7 @@ def test_the_plan_and_the_card_say_where_the_model_comes_from(tmp_path):
     assert [(label.value, label.name) for label in plan.labels] == [(1, "liver"), (2, "spleen")]
     assert (plan.channels[0].name, plan.orientation, plan.patch) == ("CT", "RAS", (16, 16, 8))
     assert "Intended use: Tests alone" in (tmp_path / "model/MODEL_CARD.md").read_text()
-    with pytest.raises(ModelError, match="of the kind monai_unet, which medseg runs but does not train"):
+    with pytest.raises(ModelError, match="a U-Net of medseg's own, and its network is of the kind monai_unet"):
         plan.unet  # noqa: B018
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from medseg.networks.build import build_network
 from medseg.networks.kinds import Network
-from medseg.networks.layers import Convolution
+from medseg.networks.layers import Convolution, upsampling
 
 FLAT = Network(
     features=(4, 6, 6),
@@ -18,7 +18,13 @@ FLAT = Network(
     decoder_blocks=(2, 1),
     heads=1,
 )
-KINDS = {"plain": FLAT, "residual": FLAT.model_copy(update={"residual": True})}
+SIMPLER = {"downsampling": "pooled", "upsampling": "interpolated"}
+KINDS = {
+    "plain": FLAT,
+    "residual": FLAT.model_copy(update={"residual": True}),
+    "pooled": FLAT.model_copy(update=SIMPLER),
+    "pooled residual": FLAT.model_copy(update=SIMPLER | {"residual": True}),
+}
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -47,7 +53,7 @@ def test_blocks_are_as_many_as_the_plan_says(kind):
     network = build_network(KINDS[kind], 1, 2)
     assert [len(stage) for stage in network.encoder] == [1, 3, 2]
     assert [len(stage) for stage in network.decoder] == [2, 1]
-    assert [tuple(up.kernel_size) for up in network.up] == [(2, 2, 2), (2, 2, 1)]
+    assert [up.scale if "pooled" in kind else up.kernel_size for up in network.up] == [(2, 2, 2), (2, 2, 1)]
     assert network.decoder[1][0].conv.kernel_size == (3, 3, 1)  # that of its own resolution, not of the one below
 
 
@@ -58,6 +64,22 @@ def test_a_new_residual_block_is_its_skip():
     torch.testing.assert_close(same(image), image)
     strided = network.encoder[2][0]
     torch.testing.assert_close(strided(image), nn.AvgPool3d(2)(image))
+
+
+def test_pooling_takes_the_largest_and_interpolation_what_lies_between():
+    network = build_network(KINDS["pooled"], 1, 2).eval()
+    seen = []
+    network.encoder[1].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    image = torch.randn(1, 1, 8, 8, 4)
+    network(image)
+    fine = network.encoder[0](image)
+    torch.testing.assert_close(seen[0], fine.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)))
+    assert all(conv.stride == (1, 1, 1) for conv in network.modules() if isinstance(conv, nn.Conv3d))
+    up = upsampling(1, 1, (2, 1, 1), interpolated=True)
+    nn.init.constant_(up.weight, 3.0)
+    nn.init.constant_(up.bias, 1.0)
+    expected = torch.tensor([1.0, 1.75, 3.25, 4.0])  # of 0 and 1, three times and one more, at -1/4, 1/4, 3/4, 5/4
+    torch.testing.assert_close(up(torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)).flatten(), expected)
 
 
 def test_groups_of_one_channel_are_instance_normalization():

@@ -136,11 +136,10 @@ class Plan(Stored):
 
     @property
     def unet(self) -> Network:
-        """The network, which must be a U-Net of medseg's own. Raises ModelError for one of MONAI's."""
+        """The network, which must be a U-Net of medseg's own. Raises ModelError for another."""
         if not isinstance(self.network, Network):
             raise ModelError(
-                f"The plan has a network of the kind {self.network.kind}, which medseg runs but does not train; "
-                "training needs a U-Net of medseg's own.",
+                f"This needs a plan with a U-Net of medseg's own, and its network is of the kind {self.network.kind}.",
                 reason="unsupported",
             )
         return self.network

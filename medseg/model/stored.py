@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
@@ -37,10 +38,10 @@ class Stored(BaseModel):
 
     what: ClassVar[str]
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the record as JSON, whole or not at all. Raises OutputError."""
+    def save(self, path: str | PathLike[str], *, without: Collection[str] = ()) -> None:
+        """Write the record as JSON, whole or not at all, but for some fields. Raises OutputError."""
         with written_whole(path) as beside:
-            beside.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            beside.write_text(self.model_dump_json(indent=1, exclude=set(without)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:

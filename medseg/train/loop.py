@@ -156,7 +156,9 @@ def _set_dropout(where: Path, dropout: float) -> None:
     """Write a share of dropout to train.json. Raises UsageError for what is not a share."""
     if not 0 <= dropout < 1:
         raise UsageError(f"Dropout is a share from 0 to below 1 of the feature maps; not {dropout}.")
-    _kept_settings(where).model_copy(update={"dropout": dropout}).save(where / "train.json")
+    kept = _kept_settings(where)
+    unsaid = {"folds"} - kept.model_fields_set  # a number that nobody stated is still free
+    kept.model_copy(update={"dropout": dropout}).save(where / "train.json", without=unsaid)
 
 
 def _planned(where: Path, device: torch.device, options: NetworkOptions) -> Plan:

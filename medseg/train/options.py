@@ -33,14 +33,22 @@ def forward_of(network: nn.Module, settings: TrainSettings) -> Forward:
 
 
 def add_dropout(network: nn.Module, share: float) -> None:
-    """Drop a share of the feature maps of each convolution but the outputs, in training mode, at random."""
+    """Drop a share of what convolutions and linear layers give, in training mode, at random.
+
+    Of a convolution whole feature maps are dropped, since neighbors say the same; of a linear layer, whose tokens are
+    many, single numbers. The outputs stay whole, and so does what has one feature alone: a gate, for example.
+    """
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv3d) and not name.startswith("outputs."):
-            module.register_forward_hook(partial(_dropped, share))
+        if name.split(".")[0] == "outputs":
+            continue
+        if isinstance(module, nn.Conv3d) and module.out_channels > 1:
+            module.register_forward_hook(partial(_dropped, functional.dropout3d, share))
+        elif isinstance(module, nn.Linear) and module.out_features > 1:
+            module.register_forward_hook(partial(_dropped, functional.dropout, share))
 
 
-def _dropped(share: float, module: nn.Module, _: Any, features: Tensor) -> Tensor:
-    return functional.dropout3d(features, share, training=module.training)
+def _dropped(drop: Callable[..., Tensor], share: float, module: nn.Module, _: Any, features: Tensor) -> Tensor:
+    return drop(features, share, training=module.training)
 
 
 def recompute(network: nn.Module) -> None:

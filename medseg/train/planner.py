@@ -14,10 +14,10 @@ import numpy as np
 from medseg.labels import Label
 from medseg.model.plan import Channel, Plan
 from medseg.model.stored import Stored
-from medseg.networks.kinds import Triple
+from medseg.networks.kinds import AnyNetwork, Triple
 from medseg.networks.monai_kinds import Count, Width
 from medseg.process.normalize import CTNormalization, ZScore
-from medseg.train.architectures import NetworkOptions, described, divisible_patch, name_of, numbers_for
+from medseg.train.architectures import NetworkOptions, described, divisible_patch, numbers_for
 from medseg.train.dataset_json import members_of
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
 from medseg.train.sides import side_by_name, side_by_place
@@ -67,9 +67,14 @@ def make_plan(
     Example: make_plan(facts, network="residual_unet", width=24)
     """
     spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
-    shape = median_shape(fingerprint.cases, spacing)
-    widest = first_patch(shape, spacing, capacity.voxels)
-    numbers = numbers_for(widest, spacing, capacity.features, **options)
+    widest = first_patch(median_shape(fingerprint.cases, spacing), spacing, capacity.voxels)
+    return plan_with(fingerprint, capacity, numbers_for(widest, spacing, capacity.features, **options))
+
+
+def plan_with(fingerprint: Fingerprint, capacity: Capacity, network: AnyNetwork) -> Plan:
+    """Return the plan for a dataset, a device and the numbers of a network."""
+    spacing = target_spacing([case.spacing_mm for case in fingerprint.cases])
+    widest = first_patch(median_shape(fingerprint.cases, spacing), spacing, capacity.voxels)
     return Plan(
         name=fingerprint.name,
         channels=tuple(
@@ -80,9 +85,9 @@ def make_plan(
         regions=fingerprint.regions,
         spacing_mm=spacing,
         measured_only=True,
-        patch=divisible_patch(widest, numbers.divisor),
+        patch=divisible_patch(widest, network.divisor),
         mirror_axes=mirror_axes(fingerprint.labels, fingerprint.cases),
-        network=numbers,
+        network=network,
     )
 
 
@@ -118,8 +123,10 @@ def explain(fingerprint: Fingerprint, plan: Plan, capacity: Capacity = FIXED) ->
         "mirror_axes": (_joined(plan.mirror_axes) or "none", _why_mirrored(fingerprint)),
         "labels": (f"{len(plan.labels)}", f"dataset.json; {_rarest(fingerprint)}"),
     }
-    own = make_plan(fingerprint, capacity, network=name_of(plan.network))
+    own = plan_with(fingerprint, capacity, plan.network)  # whose patch is what this network divides
     changed = {field for field in reasons if getattr(plan, field) != getattr(own, field)}
+    if plan.network != make_plan(fingerprint, capacity).network:
+        changed.add("network")
     return [
         {"decision": field, "value": value, "why": "yours, or of the model to begin with" if field in changed else why}
         for field, (value, why) in reasons.items()
