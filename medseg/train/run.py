@@ -124,10 +124,10 @@ def run_steps(
             now = _now(state, recent, speed(state), budget, files.fold)
             if files.watch and state.step % HISTORY_STEPS == 0:
                 look = bool(patience) and unseen_for(state.history, now.done, state.step) >= patience / LOOKS
-                files.watch.note(state, now.loss, now.steps_per_s, look=look)
+                files.watch.note(state, now.loss, now.steps_per_s, look=look, last=now.done >= FINISH)
                 if patience and stalled(state.history, now.done, patience, state.step):
                     # Only a look at this very step may end a training: what was not looked at may be better.
-                    files.watch.note(state, now.loss, now.steps_per_s, look=True)
+                    files.watch.note(state, now.loss, now.steps_per_s, last=True)
                     state.asked = FINISH if stalled(state.history, now.done, patience, state.step) else state.asked
             if _interrupted(progress, now) or stopped():
                 state.asked = INTERRUPT
@@ -135,7 +135,7 @@ def run_steps(
                 files.save(state)
                 saved = time.monotonic()
         if files.watch and recent and state.asked != INTERRUPT:
-            files.watch.note(state, now.loss, now.steps_per_s, look=True)
+            files.watch.note(state, now.loss, now.steps_per_s, last=True)
         files.save(state)
         interrupted = state.asked == INTERRUPT or stopped()  # after the last step, too: other folds may follow
     if interrupted:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.errors import UsageError
 from medseg.io.files import written_whole
 from medseg.model.plan import Plan
 from medseg.networks.build import memory_format
+from medseg.report.metrics import TOLERANCE_MM
+from medseg.report.surfaces import SurfaceScore, compare_surfaces
 from medseg.train.cache import Prepared
 from medseg.train.checkpoint import TrainState
 from medseg.train.dataset import Fold
@@ -25,6 +30,7 @@ from medseg.train.loss import IGNORED, deep_loss
 from medseg.train.options import autocast
 from medseg.train.sampler import in_outputs
 from medseg.train.settings import TrainSettings
+from medseg.volume import Grid
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,10 +39,24 @@ PROBE_CASES, PROBE_PATCHES = 4, 8
 """Validation cases that are looked at while a training runs, and patches of them."""
 
 SHARE = 0.01
-"""Of all time, what looking at patches may take, and what drawing may take."""
+"""Of all time, what looking at patches may take, what comparing surfaces in them, and what drawing may take."""
+
+COMPARED_S = 1e-7
+"""Seconds for each voxel that comparing the surfaces of a patch is taken to need before it was done once: as measured
+of round organs on a CPU, ten times less than noise takes."""
 
 COLUMNS = ("step", "seconds", "loss", "learning_rate", "steps_per_s")
 """Columns of the history; those of validation patches follow where there are any."""
+
+OF_LABELS = {
+    "dice_": "Dice on validation patches",
+    "surface_dice_": f"surface Dice ({TOLERANCE_MM:g} mm) on validation patches",
+    "hd95_mm_": "HD95 (mm) on validation patches",
+}
+"""How the columns that each label has begin, and what they are called in the picture."""
+
+Seen = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]
+"""Of a patch: what was found and what is there, as `Probe` has them, and of which labels surfaces are compared."""
 
 
 @dataclass
@@ -62,40 +82,77 @@ class Paced:
 
 
 class Probe:
-    """A few patches of validation cases, always the same, each around a voxel of a class that the case has."""
+    """A few patches of validation cases, always the same, each around a voxel of a class that the case has.
+
+    Surfaces are compared at a pace of their own, since patches of many voxels and labels have much to compare.
+    """
 
     def __init__(self, cases: Sequence[Prepared], plan: Plan, settings: TrainSettings):
         self.plan, self.settings, self.pace = plan, settings, Paced()
+        self.surface_pace = Paced(_cost=COMPARED_S * PROBE_PATCHES * math.prod(plan.patch))
+        self._names = [part.name for part in plan.regions or plan.labels]
         self._patches = [_patch(cases[n % len(cases)], plan, n) for n in range(PROBE_PATCHES)]
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
-        """Return the loss, and the Dice of each label over all patches in which it was drawn and there or found."""
+    def __call__(self, network: nn.Module, *, surfaces: bool = False) -> dict[str, float]:
+        """Return the loss, and the Dice of each label over all patches in which it was drawn and there or found.
+
+        With `surfaces`, or if it is time for them, surface Dice and HD95 in mm of each label, too: their means over
+        these patches (`_surfaces`).
+        """
         device = next(network.parameters()).device
-        count = len(self.plan.regions or self.plan.labels)
-        common, both = np.zeros(count), np.zeros(count)
-        losses = []
+        common, both = np.zeros(len(self._names)), np.zeros(len(self._names))
+        losses, seen = [], []
         with self.pace.work(), torch.inference_mode():
             network.eval()
             for image, target, known in self._patches:
                 with autocast(self.settings, device):
                     logits = network(image.to(device, memory_format=memory_format(device))).float()
                 losses.append(float(deep_loss(self.settings.loss, [logits], target.to(device), known.to(device))))
-                found, truth = (part.cpu().numpy() for part in self._masks(logits, target.to(device)))
-                drawn = known[0, -count:].numpy()
-                common += np.where(drawn, (found & truth).sum(axis=1), 0)
-                both += np.where(drawn, found.sum(axis=1) + truth.sum(axis=1), 0)
-        names = [part.name for part in self.plan.regions or self.plan.labels]
-        dice = {f"dice_{name}": 2 * a / b for name, a, b in zip(names, common, both, strict=True) if b}
-        return {"validation_loss": float(np.mean(losses)), **dice}
+                found, truth = (part.cpu().numpy() for part in self._maps(logits, target.to(device)))
+                drawn = known[0, -len(self._names) :].numpy()
+                common += drawn * self._counts(np.where(found == truth, found, 0))
+                both += drawn * (self._counts(found) + self._counts(truth))
+                seen.append((found, truth, drawn & bool((target != IGNORED).all())))
+        dice = {f"dice_{name}": 2 * a / b for name, a, b in zip(self._names, common, both, strict=True) if b}
+        apart = {}
+        if self.plan.resampling and (surfaces or self.surface_pace.is_due):
+            with self.surface_pace.work():
+                apart = self._surfaces(seen)
+        return {"validation_loss": float(np.mean(losses)), **dice, **apart}
 
-    def _masks(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where each label (labels, voxels) was found and is, without what is ignored."""
-        counted = target != IGNORED
+    def _maps(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what was found and what is there, but for what is ignored.
+
+        That is class numbers (1, I, J, K), or for each region where it is (C, I, J, K).
+        """
         if self.plan.regions:
-            return ((logits > 0) & counted)[0].flatten(1), (target == 1)[0].flatten(1)
-        numbers = torch.arange(1, logits.shape[1], device=logits.device)[:, None]
-        found = logits.argmax(dim=1)[0].flatten()[None] == numbers
-        return found & counted.flatten()[None], target.flatten()[None] == numbers
+            return ((logits > 0) & (target != IGNORED))[0], (target == 1)[0]
+        counted = target[0] != IGNORED
+        return (logits.argmax(dim=1) * counted).to(torch.int32), (target[0] * counted).to(torch.int32)
+
+    def _counts(self, maps: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the voxels of each label."""
+        if self.plan.regions:
+            return np.asarray(np.count_nonzero(maps, axis=(1, 2, 3)))
+        return np.asarray(np.bincount(maps.ravel(), minlength=len(self._names) + 1)[1:])
+
+    def _surfaces(self, seen: Sequence[Seen]) -> dict[str, float]:
+        """Return the mean surface Dice and HD95 of each label over the patches in which it is there or found.
+
+        The rules are those of `report.metrics`: where a patch has it on one side alone, its surface Dice is 0 and its
+        HD95 the diagonal of the patch; a patch with ignored voxels, which cut surfaces, is left out, and so is one in
+        which the label was not drawn. Faces of the patch are surfaces on both sides.
+        """
+        grid = Grid(self.plan.patch, np.diag((*self.plan.spacing_mm, 1.0)))
+        scores: dict[str, list[SurfaceScore]] = {}
+        for found, truth, compared in seen:
+            for place in np.flatnonzero(compared):
+                own, other = (part[place] if self.plan.regions else part[0] == place + 1 for part in (found, truth))
+                score = compare_surfaces(own, other, grid, TOLERANCE_MM)
+                if not math.isnan(score.dice):
+                    scores.setdefault(self._names[place], []).append(score)
+        means = {f"surface_dice_{name}": fmean(one.dice for one in some) for name, some in scores.items()}
+        return means | {f"hd95_mm_{name}": fmean(one.hd95_mm for one in some) for name, some in scores.items()}
 
 
 class Watch:
@@ -108,14 +165,19 @@ class Watch:
         self._drawing = Paced()
         self._writer = _writer(folder / "tensorboard" / f"fold_{fold}") if tensorboard else None
 
-    def note(self, state: TrainState, loss: float, steps_per_s: float, *, look: bool = False) -> None:
-        """Add a line to the history, with the validation patches if it is time for them or with `look`."""
+    def note(
+        self, state: TrainState, loss: float, steps_per_s: float, *, look: bool = False, last: bool = False
+    ) -> None:
+        """Add a line to the history, with the validation patches if it is time for them or with `look`.
+
+        The `last` line of a training has the surfaces in them, too.
+        """
         rate = float(state.optimizer.param_groups[0]["lr"])
         row = {"step": state.step, "seconds": state.seconds, "loss": loss, "learning_rate": rate}
         row["steps_per_s"] = steps_per_s
         before = state.history.pop() if state.history and state.history[-1]["step"] == state.step else {}
-        if self.probe and "validation_loss" not in before and (look or self.probe.pace.is_due):
-            row |= self.probe(state.average)
+        if self.probe and "validation_loss" not in before and (look or last or self.probe.pace.is_due):
+            row |= self.probe(state.average, surfaces=last)
         row = before | row
         state.history.append(row)
         if self._writer:
@@ -167,7 +229,7 @@ def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def draw_history(history: Sequence[dict[str, float]], path: Path) -> bool:
-    """Write a PNG of losses, Dice of each label, learning rate and speed; return whether matplotlib is there for it.
+    """Write a PNG of losses, scores of each label, learning rate and speed; return whether matplotlib is there for it.
 
     What the history never looked at is left out.
     """
@@ -177,32 +239,34 @@ def draw_history(history: Sequence[dict[str, float]], path: Path) -> bool:
     except ImportError:
         return False
     known = {name for row in history for name in row}
-    dice = sorted(name for name in known if name.startswith("dice_"))
-    losses = tuple(name for name in ("loss", "validation_loss") if name in known)
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    for place, names in enumerate((losses, tuple(dice), ("learning_rate",), ("steps_per_s",)), start=1):
+    losses = sorted(known & {"loss", "validation_loss"})
+    panels: list[tuple[str, str, list[str]]] = [(" and ".join(losses), "", losses)]
+    for begin, title in OF_LABELS.items():
+        panels.append((title, begin, sorted(name for name in known if name.startswith(begin))))
+    panels += [(name, "", [name]) for name in ("learning_rate", "steps_per_s")]
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    for place, (title, begin, names) in enumerate(panels, start=1):
         if not names:
             continue
-        axes = figure.add_subplot(2, 2, place)
+        axes = figure.add_subplot(2, 3, place)
         for name in names:
             rows = [row for row in history if name in row]
-            label = name.removeprefix("dice_").replace("_", " ")
+            label = name.removeprefix(begin).replace("_", " ")
             label = label.replace("$", r"\$")  # matplotlib reads formulas between dollars
             axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, marker=".")
-        _dress(axes, names)
+        _dress(axes, title, begin)
     with written_whole(path) as beside:
         FigureCanvasAgg(figure).print_png(beside)
     return True
 
 
-def _dress(axes: Any, names: Sequence[str]) -> None:
-    is_dice = any(name.startswith("dice_") for name in names)
-    axes.set_title("Dice on validation patches" if is_dice else " and ".join(names).replace("_", " "))
+def _dress(axes: Any, title: str, begin: str) -> None:
+    axes.set_title(title.replace("_", " "))
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-    if is_dice:
-        axes.set_ylim(0, 1)
-    if 1 < len(names) <= 20 or is_dice:
+    if begin:
+        axes.set_ylim(0, 1 if begin.endswith("dice_") else None)
+    if begin or len(axes.lines) > 1:
         axes.legend(fontsize="small")
 
 
