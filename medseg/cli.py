@@ -14,7 +14,7 @@ import typer
 
 import medseg
 from medseg.cli_data import dataset, report
-from medseg.cli_import import import_
+from medseg.cli_import import import_, prune
 from medseg.cli_options import (
     Anyway,
     AsJson,
@@ -307,6 +307,7 @@ app.command()(plan)
 app.command()(train)
 app.command()(evaluate)
 app.command("import")(import_)
+app.command()(prune)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The verb `import` of the command line."""
+"""The verbs import and prune of the command line: models that are made out of others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ def import_(
     )
     counts = f"{len(plan.channels)} channel(s), {len(plan.labels)} label(s), orientation {plan.orientation}"
     out.print(f"{plan.name}: {counts}")
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="A trained model whose network is unet_plus_plus.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The model folder to write; it must be empty or not exist.")
+    ],
+    depth: Annotated[int, typer.Option(help="Resolutions of the network to keep, from 2 on.")],
+) -> None:
+    """Keep the first resolutions of a trained U-Net++ as a smaller and faster model."""
+    from medseg.model.prune import prune_model
+    from medseg.model.stored import find_model
+
+    prune_model(model, target, depth=depth)
+    before, after = (
+        sum(file.stat().st_size for file in folder.glob("fold_*.safetensors")) / 1e6
+        for folder in (find_model(model), target)
+    )
+    out.print(
+        f"Weights: {before:.2f} MB before, {after:.2f} MB now. Scores of the whole network do not hold for it: "
+        "medseg evaluate finds its own.",
+        soft_wrap=True,
+    )
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

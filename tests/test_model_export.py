@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.model import export
+from medseg.model.contenders import Cells, numbered
 from medseg.model.export import interpolate_slab, winners_slab
-from medseg.model.prune import Cells, numbered
 from medseg.process.resample import AxisPositions
 
 ROUNDING = 2e-6

@@ -13,7 +13,7 @@ from test_model_export import ALWAYS, NEVER, ROUNDING, interpolated, kinds, make
 
 from medseg.errors import OutputError
 from medseg.model import export, stream
-from medseg.model.prune import Cells
+from medseg.model.contenders import Cells
 from medseg.model.soft import SoftMaps
 from medseg.model.stream import pieces
 from medseg.volume import Grid
@@ -114,7 +114,7 @@ def test_blocks_meet_without_seams(monkeypatch, target, cost):
     monkeypatch.setattr(export, "PIECE_CLASSES", 999)
     monkeypatch.setattr(export, "BLOCK_SCORES", 999)
     monkeypatch.setattr(stream, "SCATTERED_VOXELS", 200)
-    monkeypatch.setattr("medseg.model.prune.CACHED_SCORES", 60)
+    monkeypatch.setattr("medseg.model.contenders.CACHED_SCORES", 60)
     np.testing.assert_array_equal(winners_onto(logits, grid, onto, 1, (3, 5)), whole)
     assert whole.max() > 255
 

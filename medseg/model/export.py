@@ -1,7 +1,7 @@
 """Class scores of the network grid turned into labels on the grid of the source.
 
 Scores are interpolated linearly and then compared; comparing first and interpolating labels would leave stairs at
-every border. Only where several classes meet is anything interpolated, and there only what can win (see `prune`).
+every border. Only where several classes meet is anything interpolated, and there only what can win (see `contenders`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medseg.model.prune import MIXED, Cells, ranked, unraveled
+from medseg.model.contenders import MIXED, Cells, ranked, unraveled
 from medseg.process.resample import AxisPositions
 
 ON_VOXEL_TOLERANCE = 1e-6

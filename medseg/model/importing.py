@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import save as serialize
 
-from medseg.errors import ModelError, OutputError, UsageError
-from medseg.io.leftovers import temporary_folder
+from medseg.errors import ModelError, UsageError
 from medseg.model.import_monai import INFERENCE, is_bundle, read_bundle
 from medseg.model.import_nnunet import POSTPROCESSING, is_nnunet, read_nnunet
 from medseg.model.imported import Imported
 from medseg.model.plan import Plan
+from medseg.model.stored import check_new, new_folder
 from medseg.model.untrusted import unpacked
 from medseg.model.weights import check_state, shapes_of
 from medseg.volume import Grid
@@ -52,8 +52,7 @@ def import_model(
     if orientation is not None:
         orientation = Grid((1, 1, 1), np.eye(4)).reoriented(orientation).orientation
     where = Path(folder)
-    if where.exists() and (not where.is_dir() or any(where.iterdir())):
-        raise UsageError("The model needs a folder of its own: give one that is empty or does not exist.", path=where)
+    check_new(where)
     with _opened(Path(source)) as opened:
         model = _chosen(opened, configuration)
         if is_bundle(model):
@@ -62,7 +61,8 @@ def import_model(
             imported = read_bundle(model, orientation=orientation)
         else:
             imported = read_nnunet(model, orientation=orientation, folds=folds, checkpoint=checkpoint)
-        _write(imported, where)
+        with new_folder(where) as beside:
+            _write_parts(imported, beside)
     if imported.plan.orientation == "as_stored":
         warnings.warn(
             "The model does not say how its training images were stored, and sees each image as that is stored. If you "
@@ -103,19 +103,6 @@ def _chosen(source: Path, configuration: str | None) -> Path:
             path=source,
         )
     return found[0][1]
-
-
-def _write(imported: Imported, where: Path) -> None:
-    """Write a model folder, whole or not at all."""
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(where.parent) as beside:
-            _write_parts(imported, beside / "model")
-            if where.exists():
-                where.rmdir()
-            (beside / "model").rename(where)
-    except OSError as error:
-        raise OutputError(f"The model folder could not be written: {error.strerror}.", path=where) from error
 
 
 def _write_parts(imported: Imported, folder: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medseg.errors import ModelError
+from medseg.errors import ModelError, OutputError, UsageError
 from medseg.io.files import reading, written_whole
 from medseg.io.label_table import SHIPPED
+from medseg.io.leftovers import temporary_folder
 from medseg.io.text import read_text
 from medseg.problems import first_problem
 
@@ -29,6 +31,29 @@ def find_model(name: str | PathLike[str]) -> Path:
         return SHIPPED / path.name
     shipped = ", ".join(sorted(plan.parent.name for plan in SHIPPED.glob("*/plan.json")))
     raise ModelError(f"No model is there: neither a folder nor one that medseg ships ({shipped}).", path=path)
+
+
+def check_new(folder: Path) -> None:
+    """Raise UsageError for a folder that holds something, and for a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("The model needs a folder of its own: give one that is empty or does not exist.", path=folder)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give the path of a folder to make; at the end of the block it takes the place of `folder`, whole or not at all.
+
+    Raises OutputError where it cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder.parent) as beside:
+            yield beside / "model"
+            if folder.exists():
+                folder.rmdir()
+            (beside / "model").rename(folder)
+    except OSError as error:
+        raise OutputError(f"The model folder could not be written: {error.strerror}.", path=folder) from error
 
 
 class Stored(BaseModel):

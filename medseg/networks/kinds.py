@@ -62,13 +62,50 @@ class Network(BaseModel):
     @property
     def divisor(self) -> Triple:
         """By what each edge is divided: the product of the strides along it."""
-        product = [1, 1, 1]
-        for stride in self.strides:
-            product = [a * b for a, b in zip(product, stride, strict=True)]
-        return product[0], product[1], product[2]
+        return _product(self.strides)
+
+
+class NestedNetwork(BaseModel):
+    """A U-Net++: features, kernel sizes and strides of each resolution from the finest down (its stride is 1, 1, 1).
+
+    `blocks` counts the convolutions of each node. The network that is pruned to fewer resolutions has the first entries
+    of each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["unet_plus_plus"] = "unet_plus_plus"
+    features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
+    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    blocks: Annotated[int, Field(ge=1, le=8)] = 2
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> NestedNetwork:
+        levels = len(self.features)
+        if {len(self.kernels), len(self.strides)} != {levels} or self.strides[0] != (1, 1, 1):
+            raise ValueError("features, kernels and strides need one entry per resolution, the first stride is 1, 1, 1")
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge is divided: the product of the strides along it."""
+        return _product(self.strides)
+
+    def pruned(self, depth: int) -> NestedNetwork:
+        """Return the numbers of the network within this one that has `depth` resolutions, from 2 to all."""
+        kept = {name: getattr(self, name)[:depth] for name in ("features", "kernels", "strides")}
+        return NestedNetwork(**kept, blocks=self.blocks)
+
+
+def _product(strides: tuple[Triple, ...]) -> Triple:
+    product = [1, 1, 1]
+    for stride in strides:
+        product = [a * b for a, b in zip(product, stride, strict=True)]
+    return product[0], product[1], product[2]
 
 
 AnyNetwork = Annotated[
-    Network | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
+    Network | NestedNetwork | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
 ]
 """Whatever a plan can name, told apart by `kind`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from medseg.errors import UsageError
-from medseg.networks.kinds import AnyNetwork, Network, Triple
+from medseg.networks.kinds import AnyNetwork, NestedNetwork, Network, Triple
 
 SMALLEST_MAP = 4
 """Voxels that the coarsest feature map keeps along each axis."""
@@ -89,12 +89,21 @@ def attention_unet(frame: Frame) -> Network:
     return unet(frame).model_copy(update={"attention": True})
 
 
+def unet_plus_plus(frame: Frame) -> NestedNetwork:
+    """Return a U-Net++ with the resolutions and features of the plain U-Net; a step takes about twice as long."""
+    plain = unet(frame)
+    return NestedNetwork(features=plain.features, kernels=plain.kernels, strides=plain.strides)
+
+
 ANY = "patch, spacing, channels, classes, device; any size"
 
 NETWORKS: dict[str, Architecture] = {
     "unet": Architecture("3D U-Net (Ronneberger 2015, Cicek 2016)", ANY, unet),
     "residual_unet": Architecture("U-Net with a residual encoder (nnU-Net revisited, 2024)", ANY, residual_unet),
     "attention_unet": Architecture("U-Net with attention gates on its skips (Oktay 2018)", ANY, attention_unet),
+    "unet_plus_plus": Architecture(
+        "U-Net++: nested dense skips (Zhou 2018, 2020)", f"{ANY}; can be pruned", unet_plus_plus
+    ),
 }
 
 
@@ -126,7 +135,7 @@ def name_of(network: AnyNetwork) -> str:
 
 def described(network: AnyNetwork) -> str:
     """Return the numbers of a network in a few words."""
-    if not isinstance(network, Network):
+    if not isinstance(network, Network | NestedNetwork):
         return network.kind
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in network.kernels)
     features = " x ".join(map(str, network.features))
