@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from medseg.io import load, save
     from medseg.io.dicom_seg import load_dicom_seg, save_dicom_seg
     from medseg.io.rtstruct import load_rtstruct, save_rtstruct
+    from medseg.model.crf import CRF
     from medseg.model.importing import import_model
     from medseg.model.segmenter import Model
     from medseg.model.soft import SoftMaps
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from medseg.volume import Grid, Volume
 
 __all__ = [
+    "CRF",
     "Grid",
     "MedsegError",
     "Model",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CRF": "model.crf",
     "Grid": "volume",
     "MedsegError": "errors",
     "Model": "model.segmenter",

@@ -19,6 +19,7 @@ from medseg.cli_options import (
     Anyway,
     AsJson,
     Assume,
+    Crf,
     Device,
     ExpectedVolumes,
     Mirror,
@@ -172,6 +173,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
     step: Step = None,
     mirror: Mirror = False,
     reuse: Reuse = True,
+    crf: Crf = None,
     device: Device = None,
     runtime: Annotated[
         str | None, typer.Option(help="openvino, torch or onnx; by default what is fastest here.")
@@ -197,7 +199,7 @@ def segment(  # noqa: PLR0913, PLR0917 - one option for each decision
         _check_report(report, channels, target)
     loaded = Model.load(model, device=device, runtime=runtime, threads=threads, precision=precision)
     extras = (probabilities, uncertainty, expected_volumes)
-    options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras, anyway)
+    options = Options(_box(roi), step, mirror, reuse, assume_orientation, *extras, anyway, crf)
     outcomes: list[Outcome]
     with progress(as_json=as_json) as show:
         first = channels[0]

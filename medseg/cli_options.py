@@ -31,6 +31,10 @@ ExpectedVolumes = Annotated[
 ]
 Mirror = Annotated[bool, typer.Option(help="Average over the flips that the model allows: slower, a bit better.")]
 Reuse = Annotated[bool, typer.Option(help="Compute tiles of one constant value once; the labels are the same.")]
+Crf = Annotated[
+    bool | None,
+    typer.Option("--crf/--no-crf", help="Sharpen boundaries by a dense CRF, or do not; by default as the model says."),
+]
 Step = Annotated[
     float | None, typer.Option(help="Distance between tiles, a share of the patch; by default what the model says.")
 ]

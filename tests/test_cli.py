@@ -204,6 +204,15 @@ def test_segment_tells_how_sure_it_is(run, scan, model_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("labels*")) == ["labels.labels.json", "labels.nii.gz"]
 
 
+def test_segment_with_a_crf(run, scan, model_folder, tmp_path):
+    for option, used in (("--crf", True), ("--no-crf", False)):
+        command = ("segment", model_folder, scan, tmp_path / "labels.nii.gz", option, "--json")
+        code, out, _ = run(*command)
+        assert code == 0
+        assert ("crf" in json.loads(out)[0]) == used
+        assert ("crf" in json.loads(out)[0]["stages"]) == used
+
+
 def test_segment_a_box(run, scan, model_folder, tmp_path):
     assert run("segment", model_folder, scan, tmp_path / "labels.nii.gz", "--roi=-9,0,0,-1,6,6")[0] == 0
     labels = load(tmp_path / "labels.nii.gz").array[0]

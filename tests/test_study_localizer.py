@@ -13,19 +13,21 @@ import torch
 import yaml
 from conftest import make_grid
 from dicom_files import ORIENTATIONS, STUDY, write_series
-from models import tiny_model, tiny_plan
+from models import threshold_model, tiny_model, tiny_plan
 from studies import batch_command, environment
+from test_model_mean_field import SMOOTH, speckled
 from test_study_pipeline import RULE, pipeline, written
 
 import medseg
 from medseg.errors import InputError, UsageError
 from medseg.io.dicom_seg import load_dicom_seg
 from medseg.model.plan import Channel
+from medseg.model.timing import Report
 from medseg.model.weights import save_weights
 from medseg.process.normalize import ZScore
 from medseg.study.batch import Options, run_batch
 from medseg.study.check import check_pipeline
-from medseg.study.localize import box_around
+from medseg.study.localize import box_around, segment_box
 from medseg.study.pipeline import load_pipeline
 from medseg.study.run import Job, segment_job
 from medseg.volume import Grid, Volume
@@ -87,6 +89,19 @@ def test_check_knows_the_localizer_too() -> None:
     ran = Job("study", {}, image=Volume(np.zeros((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4))))
     with pytest.raises(InputError, match="localizer of the pipeline has not been loaded"):
         segment_job(ran, pipeline(localizer=wrong), tiny_model())
+
+
+def test_the_crf_of_a_pipeline_is_used_in_the_whole_image_and_in_a_box() -> None:
+    image = speckled(Grid((20, 20, 20), np.eye(4)))
+    model = threshold_model(50)
+    with_crf, plain = pipeline(crf=SMOOTH.model_dump(), anyway=True), model.segment(image).array
+    job = Job("study", {}, image=image)
+    segment_job(job, with_crf, model)
+    assert job.labels is not None
+    assert (job.labels.array != plain).any()
+    assert job.facts["run"]["crf"] == SMOOTH.model_dump()
+    boxed = segment_box(image, ((0, 0, 0), (20, 20, 20)), model, with_crf, Report())
+    np.testing.assert_array_equal(boxed.array, job.labels.array)
 
 
 def write_head(folder: Path) -> None:

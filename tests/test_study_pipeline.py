@@ -98,6 +98,16 @@ class TestCheck:
         with pytest.raises(UsageError, match=text):
             check_pipeline(pipeline(**changes))
 
+    def test_a_crf_is_settings_or_a_word_and_older_pipelines_keep_their_digest(self):
+        plain = pipeline()
+        assert plain.crf is None
+        digests = {plain.digest, *(pipeline(crf=crf).digest for crf in (True, False, {"appearance": 2}))}
+        assert len(digests) == 4
+        assert pipeline(crf=None).digest == plain.digest
+        assert check_pipeline(pipeline(crf={"reach_mm": 4})).is_dir()
+        with pytest.raises(UsageError, match="pipeline cannot run: .* smaller reach_mm"):
+            check_pipeline(pipeline(crf={"reach_mm": 40}))
+
     def test_some_outputs_need_packages(self, monkeypatch):
         monkeypatch.setattr("medseg.study.check.find_spec", lambda _: None)
         with pytest.raises(UsageError, match=r"a picture needs matplotlib.*; DICOM outputs need highdicom"):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medseg.errors import ModelError
 from medseg.labels import Label
+from medseg.model.crf import CRF
 from medseg.model.stored import Stored
 from medseg.networks.kinds import AnyNetwork, Network, Triple
 from medseg.networks.monai_kinds import Count, Share
@@ -92,6 +93,7 @@ class Plan(Stored):
     `patch` voxels. Along `mirror_axes` patches were flipped in training, so images may be flipped along them in use.
     Tiles lie half a patch apart, or as `tiling` says. What is interpolated back are logits, or their `activation`.
     With `keep_small` each part of a label that resampling would lose in training keeps one voxel.
+    With `crf` a conditional random field sharpens the boundaries of what is interpolated back (`model.crf`).
     In the end each group of `keep_largest`, some label values taken together, keeps its largest piece alone.
     The network's output 0 is background, output n the n-th label of the table; with `regions` each output is one of
     them, there where its score is above 0, and later ones are painted over earlier ones. With `previous` the model in
@@ -114,6 +116,7 @@ class Plan(Stored):
     measured_only: bool = False
     keep_small: bool = False
     previous: bool = False
+    crf: CRF | None = None
     keep_largest: tuple[tuple[Count, ...], ...] = ()
     mirror_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
     tiling: Tiling | None = None

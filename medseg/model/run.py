@@ -16,6 +16,7 @@ from medseg.io.folders import has_table, holds_slices, label_maps
 from medseg.io.label_table import write_table
 from medseg.io.scans import Scan, scans_of, split_ending
 from medseg.io.structures import beside, stem
+from medseg.model.crf import CRF
 from medseg.model.intended import modalities_of
 from medseg.model.plan import Plan
 from medseg.model.segmenter import Box, Model
@@ -37,9 +38,10 @@ WRITTEN_AS = {".hdr": ".nii.gz", ".nhdr": ".nrrd", ".mhd": ".mha"}
 class Options:
     """How a scan is segmented and what is written beside its labels.
 
-    The first fields are those of `Model.segment`, and `assume_orientation` is that of `load`. Beside labels NAME.nii.gz
-    stand, where asked for, NAME_probability_VALUE.nii.gz of each label and NAME_uncertainty.nii.gz, both float32 as
-    `SoftMaps` has them; `expected_volumes` adds to the measurements the volumes that the probabilities sum up to.
+    The first fields and `crf` are those of `Model.segment`, and `assume_orientation` is that of `load`. Beside labels
+    NAME.nii.gz stand, where asked for, NAME_probability_VALUE.nii.gz of each label and NAME_uncertainty.nii.gz, both
+    float32 as `SoftMaps` has them; `expected_volumes` adds to the measurements the volumes that the probabilities sum
+    up to.
     `anyway` takes a series of another modality than the model's, and a label map for a scan.
     """
 
@@ -52,6 +54,7 @@ class Options:
     uncertainty: bool = False
     expected_volumes: bool = False
     anyway: bool = False
+    crf: CRF | bool | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,7 @@ class _Job:
             step=options.step,
             mirror=options.mirror,
             reuse=options.reuse,
+            crf=options.crf,
             soft=soft,
             progress=show,
             report=self.report,

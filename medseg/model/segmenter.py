@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,16 @@ import torch
 from medseg.cores import memory_bytes
 from medseg.errors import InputError, ModelError, UsageError
 from medseg.io import AnyPath, load
+from medseg.model.crf import CRF, chosen_crf
 from medseg.model.intended import Seen, kept_seen, modalities_of
+from medseg.model.mean_field import refined
 from medseg.model.plan import Plan
 from medseg.model.predict import Predictor
 from medseg.model.preprocess import box_to_see, nearest_scores, network_grid, prepare, with_labels
 from medseg.model.runtime import Runtime, make_runtime
 from medseg.model.soft import SoftMaps
 from medseg.model.stored import find_model
-from medseg.model.stream import pieces
+from medseg.model.stream import Rows, pieces
 from medseg.model.timing import Report
 from medseg.model.weights import load_network
 from medseg.model.window import Progress, Window, finished_rows
@@ -116,6 +118,7 @@ class Model:
         step: float | None = None,
         mirror: bool = False,
         reuse: bool = True,
+        crf: CRF | bool | None = None,
         soft: SoftMaps | None = None,
         progress: Progress | None = None,
         report: Report | None = None,
@@ -127,9 +130,12 @@ class Model:
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
         `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
         the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
-        result. `soft` and `report` are filled in. Warns where a channel has one value everywhere.
+        result. `crf` is a conditional random field that sharpens boundaries (`model.crf`): by default that of the plan,
+        if it has one; True is that or the usual one, False is none. `soft` and `report` are filled in. Warns where a
+        channel has one value everywhere.
         Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, ModelError where
-        the network's scores are no numbers, and for a path what `load` raises.
+        the network's scores are no numbers, UsageError for a CRF that reaches too far, and for a path what `load`
+        raises.
         """
         report = report or Report()
         if not isinstance(volume, Volume):
@@ -147,6 +153,8 @@ class Model:
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
+        field = chosen_crf(self.plan.crf, crf)
+        rows = self._activated(self._refined(rows, axis, prepared, field, report))
         values, regions = np.array(self.plan.painted), bool(self.plan.regions)
         values = values.astype(np.min_scalar_type(int(values.max())))
         labels = np.zeros(volume.grid.shape, values.dtype)
@@ -154,7 +162,6 @@ class Model:
             soft.begin(volume.grid, self.plan.outputs, box, regions=regions, activated=bool(self.plan.activation))
         with report.stage("export"):
             nearest = nearest_scores(part.grid, self.plan)
-            rows = self._activated(rows)
             for piece in pieces(rows, axis, prepared.grid, part.grid, regions=regions, nearest_axes=nearest):
                 labels[box][piece.index] = values[piece.winners]
                 if soft is not None:
@@ -163,6 +170,7 @@ class Model:
         with report.stage("cleanup"):
             for group in self.plan.keep_largest:
                 keep_largest_piece(labels, group)
+        report.facts |= {} if field is None else {"crf": field.model_dump()}
         report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         return volume.with_array(labels[None])
 
@@ -178,7 +186,7 @@ class Model:
 
     def _rows(
         self, prepared: Volume, step: float | None, predictor: Predictor, progress: Progress | None, report: Report
-    ) -> tuple[int, Iterator[tuple[int, Tensor]]]:
+    ) -> tuple[int, Rows]:
         """Return the streamed axis and the finished rows of logits, without the padding that brings it to the patch."""
         padding = padding_to(prepared.grid.shape, self.plan.patch)
         tiling = self.plan.tiling
@@ -195,7 +203,7 @@ class Model:
             with report.stage("network"):
                 return predictor(tiles)
 
-        def rows() -> Iterator[tuple[int, Tensor]]:
+        def rows() -> Rows:
             with torch.inference_mode():
                 buffer = _zeros(window.buffer_shape(self.plan.outputs), self.device)
                 parts = finished_rows(image, window, predict, buffer, batch=predictor.batch, progress=progress)
@@ -209,7 +217,13 @@ class Model:
 
         return window.axis, rows()
 
-    def _activated(self, rows: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    def _refined(self, rows: Rows, axis: int, prepared: Volume, field: CRF | None, report: Report) -> Rows:
+        if field is None:
+            return rows
+        seen = prepared.with_array(prepared.array[: len(self.plan.channels)])
+        return refined(rows, axis, seen, field, regions=bool(self.plan.regions), report=report)
+
+    def _activated(self, rows: Rows) -> Rows:
         """Return rows of what is interpolated: a voxel belongs to a region where that is above 0."""
         if self.plan.activation == "softmax":
             return ((first, logits.softmax(dim=0)) for first, logits in rows)

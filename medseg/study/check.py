@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg.errors import UsageError
+from medseg.model.crf import Neighbors, chosen_crf
 from medseg.model.plan import Plan
 from medseg.model.stored import find_model
 from medseg.study.archive import opened
@@ -23,11 +24,12 @@ def check_pipeline(pipeline: Pipeline) -> Path:
     """Return the folder of the pipeline's model, when everything the pipeline asks for is there.
 
     Raises UsageError with all that is not: channels and labels that the model does not have, outputs that are not
-    known; ModelError where a model itself is missing or damaged.
+    known, a CRF that reaches too far; ModelError where a model itself is missing or damaged.
     """
     folder = find_model(pipeline.model)
     cleaned = [name for step in pipeline.cleanup for name in step.labels]
     problems = _misfits("model", folder, len(pipeline.channels), cleaned)
+    problems += _too_wide(Plan.load(folder / "plan.json"), pipeline)
     if (localizer := pipeline.localizer) is not None:
         count = len(localizer.channels or pipeline.channels)
         problems += _misfits("localizer", find_model(localizer.model), count, localizer.labels)
@@ -51,6 +53,17 @@ def _misfits(what: str, folder: Path, channels: int, labels: Sequence[str]) -> l
         problems.append(f"the {what} has {len(plan.channels)} channel(s) ({names}), not {channels}")
     known = {label.name for label in plan.labels}
     return problems + [f"the {what} has no label {name!r}" for name in dict.fromkeys(labels) if name not in known]
+
+
+def _too_wide(plan: Plan, pipeline: Pipeline) -> list[str]:
+    """Return why the CRF of a pipeline cannot be computed at the spacing of a plan."""
+    crf = chosen_crf(plan.crf, pipeline.crf)
+    try:
+        if crf is not None:
+            Neighbors.of(crf, plan.spacing_mm)
+    except UsageError as error:
+        return [str(error).rstrip(".")]
+    return []
 
 
 def explain(pipeline: Pipeline, path: str | PathLike[str]) -> list[dict[str, Any]]:

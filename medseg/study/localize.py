@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg.study.pipeline import Localizer
+from medseg.study.pipeline import Localizer, Pipeline
 from medseg.volume import Volume, box_of
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def box_around(labels: Volume, values: Sequence[int], margin_mm: float) -> Box |
     return tuple(start.tolist()), tuple(stop.tolist())
 
 
-def segment_box(image: Volume, box: Box | None, model: Model, *, mirror: bool, report: Report) -> Volume:
-    """Return the label map of an image, on its grid, of which the model sees a box alone; the rest is background.
+def segment_box(image: Volume, box: Box | None, model: Model, pipeline: Pipeline, report: Report) -> Volume:
+    """Return the label map of an image, on its grid, of which the model of a pipeline sees a box alone.
 
-    Without a box all is background. `report` is filled in. Raises what `Model.segment` does.
+    The rest is background. Without a box all is background. `report` is filled in. Raises what `Model.segment` does.
     """
     labels = np.zeros(image.grid.shape, np.min_scalar_type(max(model.plan.painted)))
     if box is not None:
-        part = model.segment(image.cropped(*box), mirror=mirror, report=report)
+        part = model.segment(image.cropped(*box), mirror=pipeline.mirror, crf=pipeline.crf, report=report)
         labels[tuple(slice(first, behind) for first, behind in zip(*box, strict=True))] = part.array[0]
     return image.with_array(labels[None])

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from medseg.errors import UsageError
 from medseg.io.files import reading
 from medseg.io.text import read_yaml
+from medseg.model.crf import CRF
 from medseg.problems import listed_problems
 
 SHIPPED = (Path(__file__).parents[1] / "pipelines", Path(__file__).parents[2] / "pipelines")
@@ -98,7 +99,8 @@ class Pipeline(Strict):
     """Everything that is decided before a batch starts. `roi` is two opposite corners in mm of RAS+ world space.
 
     `registration` "rigid" brings channels in another frame of reference than the first into its space; without, they
-    are refused. `anyway` takes series of another modality than the model's channels.
+    are refused. `crf` is that of `Model.segment`: settings of a CRF, true or false; by default as the model says.
+    `anyway` takes series of another modality than the model's channels.
     """
 
     format: Literal[1]
@@ -109,6 +111,7 @@ class Pipeline(Strict):
     localizer: Localizer | None = None
     registration: Literal["rigid"] | None = None
     mirror: bool = False
+    crf: CRF | bool | None = None
     anyway: bool = False
     cleanup: tuple[Cleanup, ...] = ()
     outputs: tuple[str, ...] = Field(min_length=1)
@@ -127,8 +130,9 @@ class Pipeline(Strict):
     def digest(self) -> str:
         """Return a SHA-256 of all decisions; the content of models has its own."""
         left_out: dict[str, Any] = {"model": True, "localizer": {"model"} if self.localizer else True}
-        if not self.anyway:
-            left_out["anyway"] = True  # so that what was done before there was such a word stays done
+        # What was done before there were such words stays done.
+        left_out |= {"anyway": True} if not self.anyway else {}
+        left_out |= {"crf": True} if self.crf is None else {}
         return hashlib.sha256(self.model_dump_json(exclude=left_out).encode()).hexdigest()
 
     def with_models(self, placed: Callable[[str], str]) -> Pipeline:

@@ -182,14 +182,14 @@ def segment_job(job: Job, pipeline: Pipeline, model: Model, localizer: Model | N
     view = job.image.grid
     report = Report()
     if pipeline.localizer is None:
-        labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, report=report)
+        labels = model.segment(job.image, roi=pipeline.roi, mirror=pipeline.mirror, crf=pipeline.crf, report=report)
         view = view if pipeline.roi is None else view.cropped(*view.covering(pipeline.roi))
     elif localizer is None:
         raise InputError("The localizer of the pipeline has not been loaded.")
     else:
         channels = [rule.name for rule in pipeline.channels]
         box, job.facts["localizer"] = localize(job.image, channels, pipeline.localizer, localizer)
-        labels = segment_box(job.image, box, model, mirror=pipeline.mirror, report=report)
+        labels = segment_box(job.image, box, model, pipeline, report)
         view = view if box is None else view.cropped(*box)
     with report.stage("cleanup"):
         for step in pipeline.cleanup:
