@@ -22,6 +22,7 @@ from datasets import make_balls, small_plan
 from medseg.errors import ClusterError, DatasetError, ModelError, OutputError, UnreadableFile, UsageError
 from medseg.io import load, save
 from medseg.labels import make_labels
+from medseg.model.crf import CRF
 from medseg.model.plan import Plan, Region
 from medseg.model.segmenter import Model
 from medseg.model.weights import save_weights, state_of
@@ -130,9 +131,10 @@ def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, pl
     same = new_state(plan, FAST, torch.device("cpu"), tmp_path / "first/fold_0.safetensors")
     assert_same(first, state_of(same.network))
     sided = dataclasses.replace(balls, meaning=Meaning(make_labels([(1, "kidney left"), (2, "kidney right")])))
-    mirrored = plan.model_copy(update={"mirror_axes": (0, 1), "keep_largest": ((1,),)})
+    mirrored = plan.model_copy(update={"mirror_axes": (0, 1), "keep_largest": ((1,),), "crf": CRF()})
     mirrored.save(tmp_path / "first/plan.json")
     assert plan_from(tmp_path / "first", twice).mirror_axes == (0, 1)
+    assert plan_from(tmp_path / "first", sided).crf is None
     assert (plan_from(tmp_path / "first", sided).mirror_axes, plan_from(tmp_path / "first", sided).keep_largest) == (
         (),
         (),

@@ -130,12 +130,10 @@ class Model:
         With `roi` the network sees that box alone, intensities are normalized inside it, and the rest is background.
         `step` is the distance between tiles as a share of the patch, by default what the plan says. `mirror` averages
         the logits over the flips that the plan allows. `reuse` computes tiles of one constant value once, with the same
-        result. `crf` is a conditional random field that sharpens boundaries (`model.crf`): by default that of the plan,
-        if it has one; True is that or the usual one, False is none. `soft` and `report` are filled in. Warns where a
-        channel has one value everywhere.
-        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, ModelError where
-        the network's scores are no numbers, UsageError for a CRF that reaches too far, and for a path what `load`
-        raises.
+        result. `crf` sharpens boundaries (`model.crf`): by default that of the plan; True is that or the usual one,
+        False is none. `soft` and `report` are filled in. Warns where a channel has one value everywhere.
+        Raises InputError for an image that does not fit the plan, GeometryError for a box outside it, ModelError for
+        scores that are no numbers, UsageError for a CRF that reaches too far, and for a path what `load` raises.
         """
         report = report or Report()
         if not isinstance(volume, Volume):
@@ -153,8 +151,7 @@ class Model:
         with report.stage("compile"):
             predictor = self._predictor(mirror=mirror, reuse=reuse)
         axis, rows = self._rows(prepared, step, predictor, progress, report)
-        field = chosen_crf(self.plan.crf, crf)
-        rows = self._activated(self._refined(rows, axis, prepared, field, report))
+        rows = self._activated(self._refined(rows, axis, prepared, chosen_crf(self.plan.crf, crf), report))
         values, regions = np.array(self.plan.painted), bool(self.plan.regions)
         values = values.astype(np.min_scalar_type(int(values.max())))
         labels = np.zeros(volume.grid.shape, values.dtype)
@@ -170,7 +167,6 @@ class Model:
         with report.stage("cleanup"):
             for group in self.plan.keep_largest:
                 keep_largest_piece(labels, group)
-        report.facts |= {} if field is None else {"crf": field.model_dump()}
         report.facts |= self._facts() | {"tiles_run": predictor.ran, "tiles_reused": predictor.reused}
         return volume.with_array(labels[None])
 
@@ -220,6 +216,7 @@ class Model:
     def _refined(self, rows: Rows, axis: int, prepared: Volume, field: CRF | None, report: Report) -> Rows:
         if field is None:
             return rows
+        report.facts["crf"] = field.model_dump()
         seen = prepared.with_array(prepared.array[: len(self.plan.channels)])
         return refined(rows, axis, seen, field, regions=bool(self.plan.regions), report=report)
 

@@ -35,6 +35,7 @@ def plan_from(start: str | PathLike[str], dataset: Dataset, facts: Fingerprint |
             "labels": dataset.labels,
             "regions": dataset.meaning.regions,
             "mirror_axes": plan.mirror_axes if mirror_axes(dataset.labels, facts.cases if facts else ()) else (),
+            "crf": None,
             "keep_largest": (),
         }
     )

@@ -332,8 +332,8 @@ def _check_trained_so(weights: Path, recipe: str) -> None:
 
 
 def _compared(content: Plan | TrainSettings) -> Plan | TrainSettings:
-    """Return what must stay the same: all but what cross-validation adds to a plan."""
-    return content.model_copy(update={"keep_largest": ()}) if isinstance(content, Plan) else content
+    """Return what must stay the same: all but what a plan does behind its network."""
+    return content.model_copy(update={"crf": None, "keep_largest": ()}) if isinstance(content, Plan) else content
 
 
 def recipe_of(
