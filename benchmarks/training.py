@@ -98,7 +98,11 @@ def medseg_run(bench: Bench, run: Run, settings: TrainSettings | None = None) ->
     cases = _scored(validation, folder / "validation" / f"fold_{run.fold}", bench.data(run))
     history = (folder / f"fold_{run.fold}.history.csv").read_text(encoding="utf-8").splitlines()
     last = dict(zip(history[0].split(","), history[-1].split(","), strict=True))
-    return asdict(measured) | {"steps_per_s": float(last["steps_per_s"]), "cases": cases}
+    return asdict(measured) | {
+        "steps": int(last["step"]),
+        "steps_per_s": float(last["steps_per_s"]),
+        "cases": cases,
+    }
 
 
 def plan_of(bench: Bench, run: Run) -> Path:
@@ -186,18 +190,18 @@ def compare(ours: dict[str, dict[str, float]], theirs: dict[str, dict[str, float
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what every benchmark of training asks for."""
+    """Return a parser of what every benchmark of training asks for: where things are."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--realdata", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "training")
-    parser.add_argument("--dataset", choices=FOLDERS, default="hippocampus")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what has no result yet, then show all."""
     parser = parser_of(__doc__)
+    parser.add_argument("--dataset", choices=FOLDERS, default="hippocampus")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--budgets", default="20m", help="of medseg: 20m,60m; `equal` is the time that nnU-Net took")
     parser.add_argument("--seeds", default="12345")

@@ -78,6 +78,7 @@ def as_nnunet(dataset: Path, folder: Path, plans: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, show."""
     parser = parser_of(__doc__)
+    parser.add_argument("--dataset", choices=FOLDERS, default="hippocampus")
     parser.add_argument("--nnunet", type=Path, required=True, help="the Python of nnU-Net's own environment")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=2)

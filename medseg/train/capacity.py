@@ -107,7 +107,7 @@ def measured_speed(plan: Plan, batch: int) -> float:
     It is the speed of the fastest step, in processor time shared out to torch's threads: waiting for a core that other
     work has says nothing of the machine.
     """
-    settings = TrainSettings(batch=batch)
+    settings = TrainSettings(batch=batch, growth=1)  # steps of whole patches
     state = new_state(plan, settings, torch.device("cpu"))
     sampler = Sampler([_noise(plan)], plan, settings.seed, settings.foreground)
     ends: list[float] = []

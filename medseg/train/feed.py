@@ -15,9 +15,11 @@ from dataclasses import replace
 import torch
 
 from medseg.cores import cores
+from medseg.model.plan import Triple
 from medseg.networks.build import memory_format
 from medseg.train.augment import change_intensities
 from medseg.train.cache import Chunks, Prepared
+from medseg.train.growth import PatchAt
 from medseg.train.sampler import Batch, Sampler
 
 MEMORY_SHARE = 0.3
@@ -51,11 +53,15 @@ def _moved(case: Prepared, device: torch.device) -> Prepared:
     return replace(case, image=image.to(device, torch.float16), target=target.to(device))
 
 
-def batches(sampler: Sampler, samples: range, first: int) -> Iterator[Batch]:
-    """Yield the batches of `samples` from step `first` on, changed at random; for CUDA they are made ahead."""
+def batches(sampler: Sampler, samples: range, first: int, patch_at: PatchAt | None = None) -> Iterator[Batch]:
+    """Yield the batches of `samples` from step `first` on, changed at random; for CUDA they are made ahead.
+
+    Patches have the plan's size, or that of `patch_at`, which is asked before a batch is made.
+    """
+    size = patch_at or (lambda _: sampler.plan.patch)
     if sampler.device.type != "cuda":  # on a CPU a second thread would only take cores from the network
         for step in itertools.count(first):
-            yield _made(sampler, step, samples)
+            yield _made(sampler, step, samples, size(step))
     on_disk = any(isinstance(case.image, Chunks) for case in sampler.cases)
     threads = min(READERS, cores()) if on_disk else 1
     streams = [torch.cuda.Stream(sampler.device) for _ in range(threads)]  # type: ignore[no-untyped-call]
@@ -64,22 +70,24 @@ def batches(sampler: Sampler, samples: range, first: int) -> Iterator[Batch]:
         for step in itertools.count(first):
             while len(made) <= threads:
                 ahead = step + len(made)
-                made.append(pool.submit(_made_on, streams[ahead % threads], sampler, ahead, samples))
+                made.append(pool.submit(_made_on, streams[ahead % threads], sampler, ahead, samples, size(ahead)))
             batch, ready = made.popleft().result()
             _taken(batch, ready)
             yield batch
 
 
-def _made(sampler: Sampler, step: int, samples: range) -> Batch:
-    batch = sampler.batch(step, samples)
+def _made(sampler: Sampler, step: int, samples: range, patch: Triple) -> Batch:
+    batch = sampler.batch(step, samples, patch)
     images = change_intensities(batch.images, batch.seeds)
     return batch._replace(images=images.contiguous(memory_format=memory_format(sampler.device)))
 
 
-def _made_on(stream: torch.cuda.Stream, sampler: Sampler, step: int, samples: range) -> tuple[Batch, torch.cuda.Event]:
+def _made_on(
+    stream: torch.cuda.Stream, sampler: Sampler, step: int, samples: range, patch: Triple
+) -> tuple[Batch, torch.cuda.Event]:
     """Return a batch and the event after which it is complete, made while the GPU works on the one before."""
     with torch.cuda.stream(stream):
-        batch = _made(sampler, step, samples)
+        batch = _made(sampler, step, samples, patch)
         return batch, stream.record_event()
 
 

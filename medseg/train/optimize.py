@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from medseg.errors import ModelError
-from medseg.model.plan import Plan
+from medseg.model.plan import Plan, Triple
 from medseg.model.weights import begin_with
 from medseg.networks.build import build_network, placed
 from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.feed import batches
+from medseg.train.growth import growing_patches, patch_of
 from medseg.train.loss import deep_loss
 from medseg.train.options import autocast, computing, forward_of, scaler_of, seed_dropout, told_if_not_compiled
 from medseg.train.ranks import Ranks
@@ -67,7 +68,9 @@ def optimize(
     step: Callable[[Batch], Tensor] = partial(_changed, state, settings, ranks)
     if can_record(state, settings) and ranks.size == 1:
         step = Recorded(step)
-    for batch in batches(sampler, samples, state.step):
+    patches = growing_patches(sampler.plan.patch, sampler.plan.network.divisor, settings.growth)
+    sized = partial(_patch_at, patches, budget, state)
+    for batch in batches(sampler, samples, state.step, sized):
         done = ranks.agreed(state.asked or min(1.0, budget.spent(state.step, state.seconds)))
         if done >= FINISH:
             state.asked = done
@@ -83,6 +86,11 @@ def optimize(
         yield losses
     if unread:
         yield _read(unread, state.step)
+
+
+def _patch_at(patches: tuple[Triple, ...], budget: Budget, state: TrainState, step: int) -> Triple:
+    """Return the patch of a step; with a budget in time, that of now."""
+    return patch_of(patches, budget.spent(step, state.seconds))
 
 
 def _read(unread: list[Tensor], step: int) -> list[float]:

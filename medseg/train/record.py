@@ -28,7 +28,7 @@ def can_record(state: TrainState, settings: TrainSettings) -> bool:
 
 
 class Recorded:
-    """Takes steps: the first ones as they are, then by replaying a record of one. Batches must be of one size.
+    """Takes steps: the first ones as they are, then by replaying a record of one; anew where batches change their size.
 
     What changes from step to step must lie in tensors: the batch is copied to where the record reads it.
     Source: "Accelerating PyTorch with CUDA graphs", 2021.
@@ -38,6 +38,7 @@ class Recorded:
         self._step = step
         self._taken = 0
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._shape: torch.Size | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch
         self._loss: Tensor
@@ -45,6 +46,9 @@ class Recorded:
     def __call__(self, batch: Batch) -> Tensor:
         """Take a step, and return its loss."""
         current = torch.cuda.current_stream()
+        if batch.images.shape != self._shape:
+            self._stream.synchronize()  # a record must not go while it is replayed
+            self._shape, self._taken, self._graph = batch.images.shape, 0, None
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             if self._taken == FIRST:

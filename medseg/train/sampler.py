@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import grid_sample
 
 from medseg.errors import DatasetError
-from medseg.model.plan import Plan
+from medseg.model.plan import Plan, Triple
 from medseg.train.cache import Chunks, Prepared
 from medseg.train.dataset_json import values_of
 from medseg.train.loss import IGNORED
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws patches of the plan's size from prepared cases; they are cut and turned on `device`."""
+    """Draws patches from prepared cases, of the plan's size or smaller; they are cut and turned on `device`."""
 
     cases: Sequence[Prepared]
     plan: Plan
@@ -66,13 +66,15 @@ class Sampler:
     foreground: float
     device: torch.device = CPU
 
-    def batch(self, step: int, samples: Iterable[int]) -> Batch:
+    def batch(self, step: int, samples: Iterable[int], patch: Triple | None = None) -> Batch:
         """Return some of the patches of a step: turned, scaled and mirrored at random, and not yet otherwise changed.
 
+        They have the size `patch`, or that of the plan.
         Raises DatasetError that names the case where its prepared files cannot be read.
         """
-        drawn = [self._drawn(np.random.default_rng([self.seed, step, sample])) for sample in samples]
-        images, target = self._turned(drawn)
+        size = np.asarray(patch or self.plan.patch)
+        drawn = [self._drawn(np.random.default_rng([self.seed, step, sample]), size) for sample in samples]
+        images, target = self._turned(drawn, size)
         if self.plan.regions:
             target = torch.stack([in_outputs(one, self.plan) for one in target])
         known = None
@@ -104,15 +106,14 @@ class Sampler:
             number, cases = 0, self.cases
         return number, cases[int(random.integers(len(cases)))]
 
-    def _drawn(self, random: Generator) -> Drawn:
+    def _drawn(self, random: Generator, patch: NDArray[np.int_]) -> Drawn:
         number, case = self._asked(random)
         with _named(case):
-            center = self._center(case, number, random)
+            center = self._center(case, number, random, patch)
         return Drawn(case, center, self._warp(random), int(random.integers(2**62)))
 
-    def _turned(self, drawn: Sequence[Drawn]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _turned(self, drawn: Sequence[Drawn], patch: NDArray[np.int_]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images (B, C, I, J, K) and class numbers (B, 1, I, J, K), all turned at once."""
-        patch = np.asarray(self.plan.patch)
         # What each turned patch touches, with a voxel to spare for interpolation.
         reaches = [np.ceil(np.abs(one.matrix) @ ((patch - 1) / 2) + 1).astype(int) for one in drawn]
         starts = [np.floor(one.center).astype(int) - reach for one, reach in zip(drawn, reaches, strict=True)]
@@ -125,13 +126,13 @@ class Sampler:
                 _cut(one.case.image, part[:-1], start, stop)
                 _cut(one.case.target, part[-1], start, stop)
         centers = np.subtract([one.center for one in drawn], starts)
-        grid = _sampling_grid(np.stack([one.matrix for one in drawn]), centers, self.plan.patch, parts)
+        grid = _sampling_grid(np.stack([one.matrix for one in drawn]), centers, patch.tolist(), parts)
         images = grid_sample(parts[:, :-1], grid, mode="bilinear", padding_mode="border", align_corners=True)
         target = grid_sample(parts[:, -1:], grid, mode="nearest", padding_mode="border", align_corners=True)
         return images, target.long()
 
-    def _center(self, case: Prepared, number: int, random: Generator) -> NDArray[np.float64]:
-        size, patch = np.asarray(case.target.shape), np.asarray(self.plan.patch)
+    def _center(self, case: Prepared, number: int, random: Generator, patch: NDArray[np.int_]) -> NDArray[np.float64]:
+        size = np.asarray(case.target.shape)
         # A patch stays inside the image; where it is larger, the image stays inside the patch.
         low, high = np.minimum(0, size - patch), np.maximum(0, size - patch)
         if number in case.places:  # 0 is there where voxels are ignored: any that is not

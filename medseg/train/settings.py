@@ -60,7 +60,8 @@ class TrainSettings(Stored):
     runs the network through torch.compile. With `early_stop` a training ends when for that share of its budget the
     validation patches have not been better: never by default, as the learning rate is small only at the end. `ema` is
     the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of patches that
-    are centered on a labelled voxel. `loss` is one of `train.loss`.
+    are centered on a labelled voxel. `loss` is one of `train.loss`. With `growth` patches grow in so many phases, each
+    as long as the others, from the smallest that the network can halve to the plan's.
     """
 
     what = "recipe in train.json"
@@ -82,5 +83,6 @@ class TrainSettings(Stored):
     precision: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
     compile: bool = False
     early_stop: float = Field(default=0, ge=0, lt=1)
+    growth: int = Field(default=1, ge=1, le=64)
     folds: int = Field(default=5, ge=1, le=2**16)
     seed: int = Field(default=12345, ge=0, lt=2**32)
