@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -106,3 +107,45 @@ def test_a_scan_of_few_files_and_the_time_of_a_study(tmp_path: Path) -> None:
     assert batch.scan(tmp_path, 200)["files"] == 200
     assert batch.each_s([10.0, 13.0, 16.0, 19.0]) == 3
     assert batch.each_s([10.0, 10.1, 13.0, 13.1, 16.0, 16.1], workers=2) == 1.5
+
+
+def test_parts_of_the_recipe_together_and_apart_are_trained_once(tmp_path: Path, capsys) -> None:
+    import recipes
+    from datasets import make_balls
+
+    make_balls(tmp_path / "data" / "hippocampus_mr", shape=(16, 18, 14))
+    arguments = ["--realdata", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "--seeds", "3"]
+    arguments += ["--results", str(tmp_path / "results"), "--datasets", "hippocampus", "--budget", "3steps"]
+    recipes.main([*arguments, "--parts", "muon+ema,growth"])
+    shown = capsys.readouterr().out
+    assert "difference per case to muon+ema: " in shown
+    found = {file: json.loads(file.read_text()) for file in (tmp_path / "results").iterdir()}
+    assert sorted(file.stem for file in found) == [
+        f"hippocampus_f1_{parts}_3steps_s3" for parts in ("growth", "muon+ema")
+    ]
+    for file, content in found.items():
+        model = json.loads((tmp_path / "work" / file.stem / "train.json").read_text())
+        assert model.items() >= (content["train.json"] | {"seed": 3}).items()
+        assert content["steps"] == 3
+    times = [file.stat().st_mtime_ns for file in found]
+    recipes.main([*arguments, "--parts", "muon+ema,growth"])
+    assert [file.stat().st_mtime_ns for file in found] == times
+    assert capsys.readouterr().out == shown
+
+
+def test_choices_of_parts_of_the_recipe_begin_with_what_tells_most() -> None:
+    import recipes
+    from training import Run
+
+    every = ["muon+ema", "muon+ema+growth", "muon", "ema", "muon+growth", "ema+growth", "growth", "none"]
+    assert recipes.choices() == every
+    assert recipes.changes_of("ema") == {"optimizer": "adamw", "learning_rate": 0.003, "ema": 0.99, "growth": 1}
+    assert recipes.changes_of("none")["ema"] == 0
+    asked = argparse.Namespace(parts=None, seeds="1,2", datasets="hippocampus,head_neck", fold=1, budget="10m")
+    order = list(recipes.runs(asked))
+    assert len(set(order)) == 32
+    assert order[:5] == [
+        *(Run("hippocampus", 1, parts, "10m", 1) for parts in every[:4]),
+        Run("head_neck", 1, "muon+ema", "10m", 1),
+    ]
+    assert {run.seed for run in order[:16]} == {1}

@@ -89,13 +89,15 @@ def test_noise_is_a_function_of_its_seed_and_of_the_deviation_that_was_drawn():
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["resident", "on disk"])
-def test_batches_made_ahead_are_those_of_their_step(prepared, plan, monkeypatch, on_disk):
+@pytest.mark.parametrize("patch_at", [None, lambda step: (8, 8, 8 if step < 12 else 16)], ids=["plan's", "growing"])
+def test_batches_made_ahead_are_those_of_their_step(prepared, plan, monkeypatch, on_disk, patch_at):
     monkeypatch.setattr(augment, "CHANGES", ())
     monkeypatch.setattr(feed, "MEMORY_SHARE", 0 if on_disk else 0.3)
     sampler = Sampler(resident(prepared, GPU), plan, 5, 0.5, GPU)
-    made = batches(sampler, range(2), 7)
+    made = batches(sampler, range(2), 7, patch_at)
     for step in range(7, 20):
-        torch.testing.assert_close(next(made).images, sampler.batch(step, range(2)).images)
+        patch = patch_at(step) if patch_at else None
+        torch.testing.assert_close(next(made).images, sampler.batch(step, range(2), patch).images)
     made.close()
 
 
@@ -134,9 +136,10 @@ def test_no_loss_of_ours_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("growth", [1, 2])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
-def test_recorded_steps_are_those_that_are_taken_one_by_one(prepared, plan, monkeypatch, optimizer):
-    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-3, precision="float32")
+def test_recorded_steps_are_those_that_are_taken_one_by_one(prepared, plan, monkeypatch, optimizer, growth):
+    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-3, precision="float32", growth=growth)
     weights = []
     for can in (True, False):
         state = new_state(plan, settings, GPU)
