@@ -15,6 +15,8 @@ from typing import Any
 
 from training import FOLDERS, HERE, Bench, Run, compare, medseg_run, parser_of, show
 
+from medseg.train.settings import TrainSettings
+
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "muon": ({"optimizer": "muon", "learning_rate": 0.01}, {"optimizer": "adamw", "learning_rate": 0.003}),
     "ema": ({"ema": 0.99}, {"ema": 0.0}),
@@ -59,7 +61,8 @@ def result(bench: Bench, run: Run) -> dict[str, Any]:
     """Return the result of a run, from its file or by running it."""
     file = bench.results / f"{run.name}.json"
     if not file.exists():
-        found = medseg_run(bench, run, changes_of(run.system))
+        found = medseg_run(bench, run, TrainSettings(seed=run.seed, **changes_of(run.system)))
+        found["train.json"] = changes_of(run.system)
         file.write_text(json.dumps({"run": asdict(run)} | found, indent=1) + "\n", encoding="utf-8")
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
