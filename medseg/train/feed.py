@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from medseg.cores import cores
-from medseg.model.plan import Triple
 from medseg.networks.build import memory_format
+from medseg.networks.kinds import Triple
 from medseg.train.augment import change_intensities
 from medseg.train.cache import Chunks, Prepared
 from medseg.train.growth import PatchAt

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from medseg.model.plan import Triple
+from medseg.networks.kinds import Triple
 
 FIRST_MAP = 2
 """Voxels that the coarsest feature map of the smallest patch has along each axis: one alone cannot be normalized."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from medseg.errors import ModelError
-from medseg.model.plan import Plan, Triple
+from medseg.model.plan import Plan
 from medseg.model.weights import begin_with
 from medseg.networks.build import build_network, placed
+from medseg.networks.kinds import Triple
 from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.feed import batches
 from medseg.train.growth import growing_patches, patch_of

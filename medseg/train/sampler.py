@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch.nn.functional import grid_sample
 
 from medseg.errors import DatasetError
-from medseg.model.plan import Plan, Triple
+from medseg.model.plan import Plan
+from medseg.networks.kinds import Triple
 from medseg.train.cache import Chunks, Prepared
 from medseg.train.dataset_json import values_of
 from medseg.train.loss import IGNORED
