@@ -45,7 +45,7 @@ from medseg.cli_show import (
     tiles,
 )
 from medseg.cli_terminal import Verbs, err, out
-from medseg.cli_train import evaluate, plan, train
+from medseg.cli_train import evaluate, networks, plan, train
 from medseg.errors import MedsegError, UsageError
 
 app = typer.Typer(
@@ -305,6 +305,7 @@ def batch(  # noqa: PLR0913, PLR0917 - one option for each decision
 
 app.command()(report)
 app.command()(dataset)
+app.command()(networks)
 app.command()(plan)
 app.command()(train)
 app.command()(evaluate)

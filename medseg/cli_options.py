@@ -13,7 +13,7 @@ Assume = Annotated[
     typer.Option(help="Where the array axes point, such as RAS, for a file that does not say so."),
 ]
 Start = Annotated[str | None, typer.Option("--from", help="A model to begin with: its plan and its weights.")]
-Network = Annotated[str | None, typer.Option(help="Which network to plan, such as unet; docs/networks.md lists them.")]
+Network = Annotated[str | None, typer.Option(help="Which network to plan, such as unet; medseg networks lists them.")]
 NetworkWidth = Annotated[
     int | None, typer.Option("--width", help="Features at the finest resolution; by default by the device.")
 ]

@@ -1,4 +1,4 @@
-"""The verbs plan, train and evaluate of the command line."""
+"""The verbs plan, networks, train and evaluate of the command line."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def plan(  # noqa: PLR0913, PLR0917 - one option for each decision
         print_json(rows)
     else:
         print_table(str(model / "plan.json"), rows)
+
+
+def networks(as_json: AsJson = False) -> None:
+    """List the networks that plan and train take by --network."""
+    from medseg.train.architectures import NETWORKS
+
+    rows = [{"network": name, "summary": one.summary, "adapts_to": one.adapts} for name, one in NETWORKS.items()]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table("Networks", rows)
 
 
 def train(  # noqa: PLR0913, PLR0917 - one option for each decision
