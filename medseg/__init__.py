@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from medseg.report.write import write_report
     from medseg.study.batch import run_batch
     from medseg.study.dataset import make_dataset
+    from medseg.train.costs import plan_costs
     from medseg.train.dataset import read_dataset
     from medseg.train.evaluate import evaluate
     from medseg.train.fingerprint import fingerprint
@@ -49,6 +50,7 @@ __all__ = [
     "make_dataset",
     "make_plan",
     "measure",
+    "plan_costs",
     "read_dataset",
     "run_batch",
     "save",
@@ -76,6 +78,7 @@ _HOME = {
     "make_dataset": "study.dataset",
     "make_plan": "train.planner",
     "measure": "report.measurements",
+    "plan_costs": "train.costs",
     "read_dataset": "train.dataset",
     "run_batch": "study.batch",
     "save": "io",

@@ -46,10 +46,11 @@ def plan(  # noqa: PLR0913, PLR0917 - one option for each decision
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at a dataset and decide how a model will be trained on it; print what was decided and why."""
+    """Look at a dataset and decide how a model will be trained on it; print what was decided and why, and its costs."""
     from medseg.train.capacity import kept_capacity
+    from medseg.train.costs import plan_costs
     from medseg.train.fingerprint import Fingerprint
-    from medseg.train.loop import plan_dataset
+    from medseg.train.loop import kept_settings, plan_dataset
     from medseg.train.planner import explain
 
     with progress(as_json=as_json) as show:
@@ -62,11 +63,20 @@ def plan(  # noqa: PLR0913, PLR0917 - one option for each decision
             progress=lambda now: show(now.stage, now.done, ""),
             **_options(network, width, depth, size),
         )
-    rows = explain(Fingerprint.load(model / "fingerprint.json"), made, kept_capacity(model))
+        facts = Fingerprint.load(model / "fingerprint.json")
+        costs = plan_costs(
+            made,
+            facts,
+            settings=kept_settings(model),
+            device=device,
+            progress=lambda done, total: show("measure", done / total, ""),
+        )
+    rows = explain(facts, made, kept_capacity(model))
     if as_json:
-        print_json(rows)
+        print_json({"decisions": rows, "costs": costs.to_dict()})
     else:
         print_table(str(model / "plan.json"), rows)
+        print_table("What it costs", costs.rows())
 
 
 def networks(as_json: AsJson = False) -> None:

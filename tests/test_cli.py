@@ -495,8 +495,11 @@ def test_plan_says_why_and_training_follows_it(run, tmp_path):
     code, out, err = run("plan", dataset, tmp_path / "model")
     assert (code, err) == (0, "")
     assert "median" in out
-    rows = json.loads(run("plan", dataset, tmp_path / "model", "--json")[1])
-    assert {row["decision"] for row in rows} >= {"spacing_mm", "patch", "network"}
+    told = json.loads(run("plan", dataset, tmp_path / "model", "--json")[1])
+    assert {row["decision"] for row in told["decisions"]} >= {"spacing_mm", "patch", "network"}
+    assert set(told["costs"]) >= {"parameters", "gflop_patch", "step_gb", "scan_s"}
+    assert told["costs"]["missing"] == ""
+    assert "GFLOP a patch" in out
     assert (tmp_path / "model/plan.json").is_file()
     code, _, err = run("plan", dataset, tmp_path / "other", "--from", tmp_path / "model")
     assert (code, err) == (0, "")

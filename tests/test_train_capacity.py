@@ -10,13 +10,12 @@ from datasets import make_balls
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.networks.build import build_network, placed
 from medseg.train import capacity
-from medseg.train.capacity import by_memory, by_speed, find_capacity, kept_capacity, measured_speed, patch_bytes
+from medseg.train.capacity import by_memory, by_speed, find_capacity, kept_capacity, measured_speed
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
 from medseg.train.loop import plan_dataset
-from medseg.train.loss import deep_loss
 from medseg.train.planner import FIXED, Capacity, explain, make_plan
+from medseg.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
 GB = 2**30
@@ -29,58 +28,50 @@ def facts(shape, spacing=(1.0, 1.0, 1.0), labels=2):
     return Fingerprint(name="x", channels=("CT",), labels=names, cases=(case,), intensities=(numbers,))
 
 
-class Kept:
-    """Counts the memory that tensors kept for a backward pass take, each storage once, without the weights."""
+def test_a_gpu_gets_the_largest_patch_whose_step_fits_its_memory(monkeypatch):
+    """A step that takes 8 kB for each voxel and image, and runs out of memory above 30 GB."""
 
-    def __init__(self, network):
-        self.weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
-        self.sizes, self.tensors = {}, []
+    def step_bytes(plan, settings, device):
+        needed = settings.batch * math.prod(plan.patch) * 8 * 2**10
+        if needed > 30 * GB:
+            raise torch.OutOfMemoryError
+        return needed
 
-    def __call__(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-        self.tensors.append(tensor)  # or its address could be used again
-        return tensor
-
-    @property
-    def bytes(self):
-        return sum(self.sizes.values())
-
-
-@pytest.mark.parametrize("print_of", [facts((40, 40, 40), labels=1), facts((64, 64, 12), (1, 1, 5), labels=9)])
-def test_the_estimate_of_memory_is_what_a_forward_pass_keeps(print_of):
-    plan = make_plan(print_of, Capacity(features=8))
-    network = placed(build_network(plan.unet, 1, plan.outputs), CPU).train()
-    image, target = torch.randn(1, 1, *plan.patch), torch.randint(plan.outputs, (1, 1, *plan.patch))
-    known = torch.arange(plan.outputs)[None] != 1  # a structure that was not drawn takes memory, too
-    kept = Kept(network)
-    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        logits = network(image)
-        of_network = kept.bytes
-        loss = deep_loss("dice_ce", logits, target, known)
-    assert loss.requires_grad
-    estimate = patch_bytes(plan, half=False)
-    voxels = 4 * math.prod(plan.patch)
-    of_loss = voxels * capacity.LOSS_TENSORS * (plan.unet.heads + 1) * plan.outputs
-    gradients = voxels * capacity.GRADIENTS * plan.unet.features[0]
-    assert estimate - of_loss - gradients == pytest.approx(of_network, rel=0.03)
-    assert kept.bytes <= estimate - gradients <= 1.2 * kept.bytes
-
-
-def test_a_gpu_gets_the_largest_patch_that_fits_its_memory():
-    large = facts((500, 500, 500))
-    found = [by_memory(large, "cuda", size * GB, 2) for size in (0.5, 4, 8, 11, 16, 24, 40, 80)]
+    monkeypatch.setattr(capacity, "step_bytes", step_bytes)
+    large, cuda = facts((500, 500, 500)), torch.device("cuda")
+    found = [by_memory(large, cuda, size * GB, TrainSettings()) for size in (0.5, 4, 8, 11, 16, 24, 40)]
     voxels = [one.voxels for one in found]
     assert voxels == sorted(voxels)
     assert voxels[0] == 2**16
-    assert voxels[-1] == 2**21
     for one in found[1:]:
-        needed = 2 * patch_bytes(make_plan(large, one), half=True)
+        plan = make_plan(large, one)
+        needed = step_bytes(plan, TrainSettings(), cuda)
         assert needed <= 0.7 * one.memory_gb * GB
-        assert make_plan(large, one).unet.features[0] == 32
-    assert by_memory(large, "cuda", 24 * GB, 8).voxels < by_memory(large, "cuda", 24 * GB, 2).voxels
-    assert by_memory(facts((500, 500, 500), labels=117), "cuda", 24 * GB, 2).voxels < found[5].voxels
+        doubled = make_plan(large, one.model_copy(update={"voxels": 2 * one.voxels}))
+        assert 2 * math.prod(doubled.patch) * 8 * 2**10 > 0.7 * one.memory_gb * GB
+        assert plan.unet.features[0] == 32
+    assert voxels[-1] == 2**20  # 2**21 voxels run out of memory
+    assert by_memory(large, cuda, 24 * GB, TrainSettings(batch=8)).voxels < found[5].voxels
+
+
+def test_one_plan_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(capacity, "step_bytes", lambda plan, *_: measured.append(plan) or 2**50)
+    assert by_memory(facts((36, 50, 35)), torch.device("cuda"), GB, TrainSettings()).voxels == 2**16
+    assert len(measured) == 1
+
+
+def test_the_network_that_is_asked_for_is_measured(monkeypatch):
+    """A wide network takes more memory for each voxel, and more time."""
+    mps = torch.device("mps")
+    monkeypatch.setattr(capacity, "_memory_of", lambda device: 3 * GB)
+    monkeypatch.setattr(capacity, "GPU_FEATURES", 4)
+    large = facts((60, 60, 120))
+    assert find_capacity(large, mps).voxels > find_capacity(large, mps, width=32).voxels
+    widths = []
+    monkeypatch.setattr(capacity, "measured_speed", lambda plan, batch: widths.append(plan.unet.features[0]) or 1.0)
+    find_capacity(large, CPU, width=8)
+    assert widths == [8]
 
 
 def test_a_cpu_gets_a_patch_that_leaves_it_many_steps():
@@ -92,8 +83,8 @@ def test_a_cpu_gets_a_patch_that_leaves_it_many_steps():
 
 def test_speed_is_measured_where_there_is_something_to_decide(monkeypatch):
     monkeypatch.setattr(capacity, "measured_speed", lambda plan, batch: math.prod(plan.patch) * batch)
-    assert find_capacity(facts((36, 50, 35)), CPU, 2) == FIXED
-    assert find_capacity(facts((200, 200, 100)), CPU, 2) == Capacity(device="cpu", voxels=2**16, voxels_per_s=128_000)
+    assert find_capacity(facts((36, 50, 35)), CPU) == FIXED
+    assert find_capacity(facts((200, 200, 100)), CPU) == Capacity(device="cpu", voxels=2**16, voxels_per_s=128_000)
 
 
 def test_real_steps_are_what_is_measured(monkeypatch):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
 
 from medseg.model.plan import Plan
-from medseg.train.cache import Prepared
-from medseg.train.dataset_json import values_of
+from medseg.train.architectures import NetworkOptions
+from medseg.train.costs import noise, step_bytes
 from medseg.train.fingerprint import Fingerprint
 from medseg.train.optimize import new_state, optimize
 from medseg.train.planner import FIXED, Capacity, make_plan
@@ -33,14 +34,7 @@ PROBE_S, PROBE_STEPS = 2.0, 10
 """How long steps are measured, but at least two, and at most so many."""
 
 MEMORY_SHARE = 0.7
-"""Of a GPU's memory; the rest is for weights, workspaces of convolutions, fragments, and the screen."""
-
-LOSS_TENSORS = 5
-"""Of the size of the logits at full resolution that the loss keeps for each output of the network: softmax and its
-logarithm, the truth, and, where a structure was not drawn, the logits twice more."""
-
-GRADIENTS = 3
-"""Of the finest features that are there at once when the backward pass begins."""
+"""Of a GPU's memory that a step may take; the rest is for fragments, what has to be there twice, and the screen."""
 
 
 def kept_capacity(folder: Path) -> Capacity:
@@ -49,49 +43,52 @@ def kept_capacity(folder: Path) -> Capacity:
     return Capacity.load(file) if file.is_file() else FIXED
 
 
-def find_capacity(facts: Fingerprint, device: torch.device, batch: int) -> Capacity:
-    """Return what a device can train on, for a dataset and a number of patches in a batch.
+def find_capacity(
+    facts: Fingerprint, device: torch.device, settings: TrainSettings | None = None, **options: Unpack[NetworkOptions]
+) -> Capacity:
+    """Return what a device can train on, for a dataset, a recipe and a network (`architectures.NetworkOptions`).
 
     Measuring a CPU takes some seconds; where all of its capacities would make the same plan, it is not done.
+    Raises what `make_plan` raises.
     """
-    if device.type == "cuda":
-        return by_memory(facts, device.type, torch.cuda.get_device_properties(device).total_memory, batch)
-    if device.type == "mps":
-        return by_memory(facts, device.type, torch.mps.recommended_max_memory(), batch)
-    smallest = make_plan(facts, Capacity(voxels=SMALLEST))
-    if device.type != "cpu" or smallest == make_plan(facts, Capacity(voxels=LARGEST_CPU)):
+    settings = settings or TrainSettings()
+    if device.type in {"cuda", "mps"}:
+        return by_memory(facts, device, _memory_of(device), settings, **options)
+    smallest = make_plan(facts, Capacity(voxels=SMALLEST), **options)
+    if device.type != "cpu" or smallest == make_plan(facts, Capacity(voxels=LARGEST_CPU), **options):
         return FIXED
-    return by_speed(measured_speed(smallest, batch), batch)
+    return by_speed(measured_speed(smallest, settings.batch), settings.batch)
 
 
-def by_memory(facts: Fingerprint, device: str, memory_bytes: int, batch: int) -> Capacity:
-    """Return the largest capacity with which a training step fits into the memory of a GPU, or the smallest."""
-    voxels = LARGEST_GPU
+def _memory_of(device: torch.device) -> int:
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def by_memory(
+    facts: Fingerprint, device: torch.device, memory: int, settings: TrainSettings, **options: Unpack[NetworkOptions]
+) -> Capacity:
+    """Return the largest capacity with which a training step fits into so many bytes of a GPU, or the smallest.
+
+    The step is measured (`costs.step_bytes`); one that runs out of memory does not fit.
+    """
+    voxels, plan, fits = LARGEST_GPU, None, False
     while True:
-        capacity = Capacity(device=device, voxels=voxels, features=GPU_FEATURES, memory_gb=memory_bytes / 2**30)
-        needed = batch * patch_bytes(make_plan(facts, capacity), half=device == "cuda")
-        if voxels == SMALLEST or needed <= MEMORY_SHARE * memory_bytes:
+        capacity = Capacity(device=device.type, voxels=voxels, features=GPU_FEATURES, memory_gb=memory / 2**30)
+        before, plan = plan, make_plan(facts, capacity, **options)
+        if plan != before:  # a small dataset has the same plan for most capacities
+            fits = _fits(plan, settings, device, memory)
+        if voxels == SMALLEST or fits:
             return capacity
         voxels //= 2
 
 
-def patch_bytes(plan: Plan, *, half: bool) -> int:
-    """Return about how many bytes a training step takes for each patch, with a plain U-Net.
-
-    Behind each convolution the backward pass needs what the normalization has read and what the activation has given,
-    both float32, since autocast runs normalizations in it; with `half` the next convolution also keeps its input in
-    half precision. The first of a decoder stage reads, and keeps, twice the features. To that come the loss and, when
-    the backward pass begins, some gradients of the finest features.
-    """
-    net, voxels = plan.unet, math.prod(plan.patch)
-    outputs = LOSS_TENSORS * (net.heads + 1) * plan.outputs
-    kept = 4 * voxels * (plan.inputs + outputs + GRADIENTS * net.features[0])
-    decoder = (*reversed(net.decoder_blocks), 0)  # none at the coarsest resolution
-    for features, stride, *blocks in zip(net.features, net.strides, net.blocks, decoder, strict=True):
-        voxels //= math.prod(stride)
-        joined = 2 * (2 if half else 4) if blocks[1] else 0
-        kept += voxels * features * (sum(blocks) * (10 if half else 8) + joined)
-    return kept
+def _fits(plan: Plan, settings: TrainSettings, device: torch.device, memory: int) -> bool:
+    try:
+        return step_bytes(plan, settings, device) <= MEMORY_SHARE * memory
+    except torch.OutOfMemoryError:
+        return False
 
 
 def by_speed(voxels_per_s: float, batch: int) -> Capacity:
@@ -109,17 +106,10 @@ def measured_speed(plan: Plan, batch: int) -> float:
     """
     settings = TrainSettings(batch=batch, growth=1)  # steps of whole patches
     state = new_state(plan, settings, torch.device("cpu"))
-    sampler = Sampler([_noise(plan)], plan, settings.seed, settings.foreground)
+    sampler = Sampler([noise(plan)], plan, settings.seed, settings.foreground)
     ends: list[float] = []
     for _ in optimize(state, sampler, settings, Budget(steps=PROBE_STEPS)):
         ends.append(time.process_time() / torch.get_num_threads())
         if len(ends) > 1 and state.seconds > PROBE_S:
             break
     return batch * math.prod(plan.patch) / float(np.diff(ends).min())  # without the first, which warms up
-
-
-def _noise(plan: Plan) -> Prepared:
-    random = np.random.default_rng(0)
-    image = random.standard_normal((plan.inputs, *plan.patch), np.float32)
-    target = random.integers(0, len(values_of(plan.labels, plan.regions)) + 1, plan.patch)
-    return Prepared("noise", image, target, {}, np.ones(plan.outputs, bool))

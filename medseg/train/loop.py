@@ -156,7 +156,7 @@ def _set_dropout(where: Path, dropout: float) -> None:
     """Write a share of dropout to train.json. Raises UsageError for what is not a share."""
     if not 0 <= dropout < 1:
         raise UsageError(f"Dropout is a share from 0 to below 1 of the feature maps; not {dropout}.")
-    kept = _kept_settings(where)
+    kept = kept_settings(where)
     unsaid = {"folds"} - kept.model_fields_set  # a number that nobody stated is still free
     kept.model_copy(update={"dropout": dropout}).save(where / "train.json", without=unsaid)
 
@@ -165,7 +165,7 @@ def _planned(where: Path, device: torch.device, options: NetworkOptions) -> Plan
     """Return the plan for a fingerprint and a device; its capacity is found, unless capacity.json is of such a one."""
     facts, capacity = Fingerprint.load(where / "fingerprint.json"), kept_capacity(where)
     if capacity.device != device.type:
-        capacity = find_capacity(facts, device, _kept_settings(where).batch)
+        capacity = find_capacity(facts, device, kept_settings(where), **options)
         capacity.save(where / "capacity.json")
     return make_plan(facts, capacity, **options)
 
@@ -176,7 +176,7 @@ def _settings_for(where: Path, folds: int | None, cases: Dataset, fold: Fold | s
     Without one it is that of folds that came with the dataset. A train.json that says nothing of it then states it,
     where there can be so many and no fold was trained yet.
     """
-    settings = _kept_settings(where)
+    settings = kept_settings(where)
     if folds is None and cases.splits and "folds" not in settings.model_fields_set:
         folds = cases.folds
     if folds is not None:
@@ -189,7 +189,8 @@ def _settings_for(where: Path, folds: int | None, cases: Dataset, fold: Fold | s
     return settings
 
 
-def _kept_settings(where: Path) -> TrainSettings:
+def kept_settings(where: Path) -> TrainSettings:
+    """Return the recipe of a model folder: that in train.json, or the default one."""
     file = where / "train.json"
     return TrainSettings.load(file) if file.is_file() else TrainSettings()
 
