@@ -73,32 +73,23 @@ def measured_run(run: Run, dataset: Path, folder: Path) -> dict[str, Any]:
         "steps": int(done["step"]),
         "training_patches_per_s": TrainSettings().batch * float(done["steps_per_s"]),
         "inference_patches_per_s": json.loads((folder / "patches.json").read_text(encoding="utf-8")),
-        "scores": scores,
+        "scores": {part: scores[part] for part in ("mean", "labels")},
     }
 
 
 def row_of(found: dict[str, Any]) -> dict[str, str]:
-    """Return a line of the table: the mean of each score over cases, by label."""
-    labels: dict[str, dict[str, list[float]]] = {}
-    for case in found["scores"]["cases"]:
-        for label in case["labels"]:
-            kept = labels.setdefault(label["name"], {"dice": [], "surface_dice": []})
-            for score, values in kept.items():
-                if label[score] is not None:
-                    values.append(label[score])
-    means = {
-        score: [sum(kept[score]) / len(kept[score]) for kept in labels.values()] for score in ("dice", "surface_dice")
-    }
+    """Return a line of the table: means over cases and labels, and of each label."""
+    scores = found["scores"]
     shown = {
-        score: f"{sum(each) / len(each):.4f} ({', '.join(f'{one:.3f}' for one in each)})"
-        for score, each in means.items()
+        score: f"{scores['mean'][score]:.4f} ({', '.join(f'{label[score]:.3f}' for label in scores['labels'])})"
+        for score in ("dice", "surface_dice")
     }
     costs, run = found["costs"], found["run"]
     return {
         "network": f"`{run['network']}`",
         "budget": run["budget"],
         "Dice (each label)": shown["dice"],
-        "surface Dice": shown["surface_dice"],
+        "surface Dice at 2 mm": shown["surface_dice"],
         "steps": f"{found['steps']}",
         "parameters": f"{costs['parameters'] / 1e6:.2f} M",
         "GFLOP a patch": f"{costs['gflop_patch']:.1f}",
@@ -117,7 +108,7 @@ def _speed(found: dict[str, Any], runtime: str) -> str:
 
 def mean_dice(found: dict[str, Any]) -> float:
     """Return by what networks are ranked."""
-    return float(row_of(found)["Dice (each label)"].split()[0])
+    return float(found["scores"]["mean"]["dice"])
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

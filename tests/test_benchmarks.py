@@ -149,3 +149,29 @@ def test_choices_of_parts_of_the_recipe_begin_with_what_tells_most() -> None:
         Run("head_neck", 1, "muon+ema", "10m", 1),
     ]
     assert {run.seed for run in order[:16]} == {1}
+
+
+def test_networks_are_ranked_and_shown_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import networks
+
+    for name, dice, budget in (("a", 0.8, "8m"), ("b", 0.9, "8m"), ("c", 0.85, "8m"), ("a", 0.95, "20m")):
+        scores = {"name": "organ", "dice": dice, "surface_dice": dice + 0.02}
+        found = {
+            "run": {"network": name, "budget": budget, "fold": 1, "seed": 0},
+            "costs": {"parameters": 1_500_000, "gflop_patch": 5.25, "step_gb": 0.5},
+            "training": {"peak_gb": 1.25},
+            "steps": 100,
+            "training_patches_per_s": 2.0,
+            "inference_patches_per_s": {"torch": 3.0},
+            "scores": {"mean": scores, "labels": [scores]},
+        }
+        (tmp_path / f"{name}_{budget}_f1_s0.json").write_text(json.dumps(found), encoding="utf-8")
+    assert networks.best(tmp_path, "8m", 1, 0, 2) == ["b", "c"]
+    assert networks.best(tmp_path, "8m", 1, 7, 2) == []
+    networks.main(["--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[2].startswith("| `a` | 20m | 0.9500 (0.950) | 0.9700 (0.970) | 100 | 1.50 M | 5.2 |")
+    assert [line.split(" | ")[0] for line in lines[3:]] == ["| `b`", "| `c`", "| `a`"]
+    with pytest.raises(SystemExit):
+        networks.main(["--results", str(tmp_path), "--realdata", str(tmp_path)])

@@ -10,7 +10,7 @@ from datasets import make_balls
 
 from medseg.errors import ModelError
 from medseg.labels import make_labels
-from medseg.train import capacity
+from medseg.train import capacity, costs
 from medseg.train.capacity import by_memory, by_speed, find_capacity, kept_capacity, measured_speed
 from medseg.train.fingerprint import CaseFacts, Fingerprint, Intensities
 from medseg.train.loop import plan_dataset
@@ -64,8 +64,9 @@ def test_one_plan_is_measured_once(monkeypatch):
 def test_the_network_that_is_asked_for_is_measured(monkeypatch):
     """A wide network takes more memory for each voxel, and more time."""
     mps = torch.device("mps")
-    monkeypatch.setattr(capacity, "_memory_of", lambda device: 3 * GB)
+    monkeypatch.setattr(capacity, "_memory_of", lambda device: GB)
     monkeypatch.setattr(capacity, "GPU_FEATURES", 4)
+    monkeypatch.setattr(costs, "MEASURED_VOXELS", 2**13)
     large = facts((60, 60, 120))
     assert find_capacity(large, mps).voxels > find_capacity(large, mps, width=32).voxels
     widths = []

@@ -159,7 +159,8 @@ def flop(plan: Plan, device: torch.device) -> float:
     smaller, ratio = _measurable(plan, device)
     network = placed(build_network(plan.network, plan.inputs, plan.outputs), device).eval()
     image = _image(smaller).to(device)
-    with torch.no_grad(), by_definition(), sdpa_kernel(SDPBackend.MATH), _Tally() as tally:
+    tally = _Tally()
+    with torch.no_grad(), by_definition(), sdpa_kernel(SDPBackend.MATH), tally:
         network(image)
     return tally.flop * ratio
 
@@ -183,7 +184,8 @@ def step_bytes(plan: Plan, settings: TrainSettings, device: torch.device) -> flo
     for weight in network.parameters():
         weight.grad = torch.zeros_like(weight)  # here already, so that they do not seem to grow with the patch
     truth = torch.as_tensor(noise(smaller).target).expand(batch, len(plan.regions) or 1, *smaller.patch)
-    with _Tally() as tally, autocast(settings, cpu):
+    tally = _Tally()
+    with tally, autocast(settings, cpu):
         logits = forward(_image(smaller).repeat(batch, 1, 1, 1, 1))
         heads = logits if isinstance(logits, list) else [logits]
         loss = deep_loss(settings.loss, heads, truth, torch.ones(batch, plan.outputs, dtype=torch.bool))
