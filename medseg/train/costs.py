@@ -173,7 +173,7 @@ def step_bytes(plan: Plan, settings: TrainSettings, device: torch.device) -> flo
     and what the optimizer remembers.
     Raises torch.OutOfMemoryError where CUDA does not have so much.
     """
-    settings = settings.model_copy(update={"compile": False})
+    settings = settings.model_copy(update={"compile": False, "growth": 1})  # steps of whole patches
     if device.type == "cuda":
         return _allocated(plan, settings, device)
     cpu = torch.device("cpu")
