@@ -107,6 +107,9 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     depth: NetworkDepth = None,
     size: NetworkSize = None,
     dropout: Dropout = None,
+    freeze_encoder: Annotated[
+        bool, typer.Option("--freeze-encoder", help="With --from: the encoder stays as it is, the decoder learns.")
+    ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")] = False,
     device: Device = None,
     as_json: AsJson = False,
@@ -141,6 +144,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
             device=device,
             tensorboard=tensorboard,
             dropout=dropout,
+            freeze_encoder=freeze_encoder,
             progress=report,
             **_options(network, width, depth, size),
         )

@@ -139,7 +139,7 @@ def test_a_model_can_begin_with_the_weights_of_another_of_other_labels(balls, pl
         (),
         (),
     )
-    with pytest.raises(ModelError, match="takes 1 channel"):
+    with pytest.raises(ModelError, match="without its fingerprint"):
         plan_from(tmp_path / "first", dataclasses.replace(balls, channels=("T1", "T2")))
     (tmp_path / "first/fold_0.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):

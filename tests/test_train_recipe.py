@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 from medseg.train.recipe import continued, differences, lengthened
+from medseg.train.settings import TrainSettings
 
 
 def test_what_differs_is_named_with_both_values():
@@ -17,6 +18,15 @@ def test_what_differs_is_named_with_both_values():
 
 def test_of_an_older_record_nothing_is_known():
     assert "older version" in differences("0f3a", "{}")
+
+
+def test_a_field_that_came_later_is_no_difference_while_it_has_its_default():
+    settings = TrainSettings().model_dump(mode="json")
+    older = {name: value for name, value in settings.items() if name != "frozen"}
+    old, new = (json.dumps({"train.json": fields}) for fields in (older, settings))
+    assert differences(old, new) == differences(new, old) == ""
+    changed = json.dumps({"train.json": settings | {"frozen": "encoder"}})
+    assert differences(old, changed) == 'train.json frozen was "nothing" and is "encoder"'
 
 
 def recipe(**fields):

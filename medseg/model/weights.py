@@ -19,6 +19,9 @@ from medseg.io.files import check_regular, written_whole
 from medseg.model.plan import Plan
 from medseg.networks.build import OWN, build_network
 
+HEADS = "outputs."
+"""What the names of a network's last layers begin with."""
+
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
     """Return the plan's network with the weights in a file. Raises ModelError for damage and for another plan's."""
@@ -100,16 +103,44 @@ def recipe_in(path: Path) -> str:
         return str((file.metadata() or {}).get("recipe", ""))
 
 
-def begin_with(network: nn.Module, file: Path) -> None:
-    """Put weights, which lie beside their plan, into a network; outputs of another number of labels stay as they are.
+def begin_with(network: nn.Module, plan: Plan, file: Path) -> set[str]:
+    """Put weights, which lie beside their own plan, into the network of another; return the names of what begins anew.
 
-    Raises ModelError where anything but the outputs differs.
+    That are outputs of another number of labels, and heads that the given network lacks: they stay as they are. And
+    kernels that look at the image, where its channels differ: a channel that the given model has by the same name keeps
+    its kernels, and another one gets the mean of all.
+    Raises ModelError where anything else differs.
     """
-    given, own = state_of(load_network(Plan.load(file.parent / "plan.json"), file)), state_of(network)
-    for name in given.keys() & own.keys():
-        if name.startswith("outputs.") and given[name].shape != own[name].shape:
-            given[name] = own[name]
+    before = Plan.load(file.parent / "plan.json")
+    given, own = state_of(load_network(before, file)), state_of(network)
+    at_image, heads = _differing(before, inputs=1), _differing(before, outputs=1)
+    anew = {name for name in own if name.startswith(HEADS) and name not in given}
+    anew |= {name for name in heads & own.keys() if own[name].shape != given[name].shape}
+    given = {name: weight for name, weight in given.items() if name in own or not name.startswith(HEADS)}
+    given |= {name: own[name] for name in anew}
+    if _names(plan) != _names(before):
+        given |= {name: _for_channels(given[name], before, plan) for name in at_image}
+        anew |= at_image
     load_state(network, given, path=file)
+    return anew
+
+
+def _differing(plan: Plan, inputs: int = 0, outputs: int = 0) -> set[str]:
+    """Return the names of the weights whose shape depends on the number of channels, or on that of outputs."""
+    with _WithoutMemory():
+        more = build_network(plan.network, plan.inputs + inputs, plan.outputs + outputs).state_dict()
+    return {name for name, weight in shapes_of(plan).state_dict().items() if weight.shape != more[name].shape}
+
+
+def _names(plan: Plan) -> list[str]:
+    return [channel.name.casefold() for channel in plan.channels]
+
+
+def _for_channels(kernels: Tensor, before: Plan, plan: Plan) -> Tensor:
+    """Return kernels (features, channels, ...) of one plan for the channels of another."""
+    names, mean = _names(before), kernels.mean(dim=1)
+    parts = [kernels[:, names.index(name)] if name in names else mean for name in _names(plan)]
+    return torch.stack(parts, dim=1)
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:

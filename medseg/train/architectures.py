@@ -73,7 +73,12 @@ def unet(frame: Frame) -> Network:
     kernels, strides = topology(frame.widest, frame.spacing_mm, frame.depth)
     width = frame.scaled_width
     features = tuple(min(max(MOST_FEATURES, width), width * 2**level) for level in range(len(strides)))
-    return Network(features=features, kernels=kernels, strides=strides, heads=max(0, min(2, len(strides) - 2)))
+    return Network(features=features, kernels=kernels, strides=strides, heads=heads_for(len(strides)))
+
+
+def heads_for(levels: int) -> int:
+    """Return how many lower resolutions of so many levels learn by outputs of their own. Empirical: two are enough."""
+    return max(0, min(2, levels - 2))
 
 
 def residual_unet(frame: Frame) -> Network:

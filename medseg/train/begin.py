@@ -7,30 +7,35 @@ from os import PathLike
 from pathlib import Path
 
 from medseg.errors import ModelError
-from medseg.model.plan import Plan
+from medseg.model.plan import Channel, Plan
 from medseg.model.stored import find_model
+from medseg.networks.kinds import AnyNetwork, Network
+from medseg.train.architectures import heads_for
 from medseg.train.dataset import Dataset, Fold
 from medseg.train.fingerprint import Fingerprint, names_digest
-from medseg.train.planner import mirror_axes
+from medseg.train.planner import mirror_axes, normalization
 from medseg.train.settings import TrainSettings
 
 
 def plan_from(start: str | PathLike[str], dataset: Dataset, facts: Fingerprint | None = None) -> Plan:
-    """Return the plan of a model with the labels of a dataset, to train it further; its clean-up was of other labels.
+    """Return the plan of a model for the labels and channels of a dataset, to train it further.
 
-    Without its fingerprint, names alone say whether a label has a side, so that nothing may be mirrored.
-    Raises ModelError where the dataset has other channels than the model.
+    Its clean-up was of other labels, and goes. Heads of lower resolutions, which imported models lack, come back.
+    Without the dataset's fingerprint, names alone say whether a label has a side, so that nothing may be mirrored.
+    Raises ModelError for a model that needs another one before it, and for other channels without the fingerprint.
     """
     plan = Plan.load(find_model(start) / "plan.json")
-    if len(plan.channels) != len(dataset.channels):
+    if plan.previous:
         raise ModelError(
-            f"The model to begin with takes {len(plan.channels)} channel(s) and the dataset has "
-            f"{len(dataset.channels)}. Give a model of the same channels, or train from the beginning.",
+            "The model to begin with sees the labels of another model, which a training cannot give it. Begin with "
+            "that one, or train from the beginning.",
             path=start,
-            reason="channels",
+            reason="unsupported",
         )
     return plan.model_copy(
         update={
+            "channels": _channels(plan, dataset, facts),
+            "network": _with_heads(plan.network),
             "name": dataset.name,
             "labels": dataset.labels,
             "regions": dataset.meaning.regions,
@@ -39,6 +44,36 @@ def plan_from(start: str | PathLike[str], dataset: Dataset, facts: Fingerprint |
             "keep_largest": (),
         }
     )
+
+
+def _channels(plan: Plan, dataset: Dataset, facts: Fingerprint | None) -> tuple[Channel, ...]:
+    """Return the channels of a dataset, each normalized as the model does it with the channel of that name, if any.
+
+    As many channels of which none has a known name are taken for those of the model, in its order.
+    """
+    known = {channel.name.casefold(): channel for channel in plan.channels}
+    names = [name.casefold() for name in dataset.channels]
+    if len(names) == len(known) and not known.keys() & set(names):
+        return plan.channels
+    if set(names) <= known.keys():
+        return tuple(known[name] for name in names)
+    if facts is None:
+        raise ModelError(
+            f"The dataset has channels that the model to begin with does not take ({len(names)} and {len(known)}), and "
+            "how to normalize them is not known without its fingerprint.",
+            reason="channels",
+        )
+    return tuple(
+        known.get(name.casefold(), Channel(name=name, normalization=normalization(name, numbers)))
+        for name, numbers in zip(dataset.channels, facts.intensities, strict=True)
+    )
+
+
+def _with_heads(network: AnyNetwork) -> AnyNetwork:
+    """Return a network with the outputs of lower resolutions that a training learns from, where it has none."""
+    if not isinstance(network, Network) or network.heads:
+        return network
+    return network.model_copy(update={"heads": heads_for(len(network.features))})
 
 
 def weights_to_begin_with(start: str | PathLike[str], fold: Fold) -> Path:

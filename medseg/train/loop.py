@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -53,6 +53,7 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     device: str | None = None,
     tensorboard: bool = False,
     dropout: float | None = None,
+    freeze_encoder: bool = False,
     progress: Progress | None = None,
     **options: Unpack[NetworkOptions],
 ) -> Scores:
@@ -63,8 +64,8 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
     What an earlier run has done is not done again.
     A plan.json that is in the folder is followed, and a train.json too: edit them to decide otherwise. The number of
     folds is that of train.json, of folds that came with the dataset, or 5, unless it is given. With `start`, a model,
-    its plan is followed with the labels of the dataset, and its weights are where the training begins. `options` and
-    `dropout` are those of `plan_dataset`.
+    its plan is followed with the labels of the dataset, and its weights are where the training begins; with
+    `freeze_encoder` those of its encoder stay as they are. `options` and `dropout` are those of `plan_dataset`.
     Under torchrun several processes train it together; the first one writes, validates and returns the scores.
     Raises UsageError for another word, and what `read_dataset`, `fingerprint` and `train_model` raise.
     """
@@ -78,6 +79,8 @@ def train_dataset(  # noqa: PLR0913 - each is a decision of the user's
             cases, plan = plan_dataset(
                 dataset, where, start=start, device=device, dropout=dropout, progress=progress, **options
             )
+            if freeze_encoder:
+                _keep(where, frozen="encoder")
             settings = _settings_for(where, folds, cases, fold)
         train = partial(train_model, cases, plan, where, budget=budget, settings=settings, start=start, device=device)
         train = partial(train, tensorboard=tensorboard, progress=progress)
@@ -156,9 +159,13 @@ def _set_dropout(where: Path, dropout: float) -> None:
     """Write a share of dropout to train.json. Raises UsageError for what is not a share."""
     if not 0 <= dropout < 1:
         raise UsageError(f"Dropout is a share from 0 to below 1 of the feature maps; not {dropout}.")
+    _keep(where, dropout=dropout)
+
+
+def _keep(where: Path, **changes: Any) -> None:
+    """Write some numbers of the recipe to train.json; how many folds there are stays free where nobody stated it."""
     kept = kept_settings(where)
-    unsaid = {"folds"} - kept.model_fields_set  # a number that nobody stated is still free
-    kept.model_copy(update={"dropout": dropout}).save(where / "train.json", without=unsaid)
+    kept.model_copy(update=changes).save(where / "train.json", without={"folds"} - kept.model_fields_set)
 
 
 def _planned(where: Path, device: torch.device, options: NetworkOptions) -> Plan:
@@ -240,6 +247,12 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
             begun = None if start is None else weights_to_begin_with(start, fold)
             if start is not None and ranks.is_first:
                 warn_of_seen(start, dataset, fold, settings.folds)
+            if settings.frozen != "nothing" and start is None:
+                raise ModelError(
+                    "An encoder that has learned nothing cannot stay as it is: begin with a model (--from), or set "
+                    '"frozen" to "nothing" in train.json.',
+                    reason="frozen",
+                )
             recipe = recipe_of(plan, _told_by(settings, fold), limit, training, cache, begun)
             _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):

@@ -21,7 +21,7 @@ from medseg.train.checkpoint import FINISH, TrainState
 from medseg.train.feed import batches
 from medseg.train.growth import growing_patches, patch_of
 from medseg.train.loss import deep_loss
-from medseg.train.options import autocast, computing, forward_of, scaler_of, seed_dropout, told_if_not_compiled
+from medseg.train.options import autocast, computing, forward_of, freeze, scaler_of, seed_dropout, told_if_not_compiled
 from medseg.train.ranks import Ranks
 from medseg.train.record import Recorded, can_record
 from medseg.train.sampler import Batch, Sampler
@@ -42,7 +42,8 @@ def new_state(plan: Plan, settings: TrainSettings, device: torch.device, start: 
     torch.manual_seed(settings.seed)
     network = build_network(plan.network, plan.inputs, plan.outputs)
     if start is not None:
-        begin_with(network, start)
+        anew = begin_with(network, plan, start)
+        freeze(network, settings, anew)
     network = placed(network, device).train()
     average = copy.deepcopy(network)  # before options change how the network runs
     optimizer, scaler = make_optimizer(network, settings), scaler_of(settings, device)

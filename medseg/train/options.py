@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from medseg.errors import ModelError
 from medseg.model.runtime import tf32
 from medseg.train.settings import TrainSettings
+
+ENCODER = ("stem.", "encoder.")
+"""What the names of an encoder's weights begin with."""
 
 Forward = Callable[[Tensor], Any]
 
@@ -49,6 +52,23 @@ def add_dropout(network: nn.Module, share: float) -> None:
 
 def _dropped(drop: Callable[..., Tensor], share: float, module: nn.Module, _: Any, features: Tensor) -> Tensor:
     return drop(features, share, training=module.training)
+
+
+def freeze(network: nn.Module, settings: TrainSettings, anew: Collection[str]) -> None:
+    """Keep the encoder as it is, where the recipe says so, but for the weights whose names are in `anew`.
+
+    Raises ModelError for a network without an encoder of its own.
+    """
+    if settings.frozen != "encoder":
+        return
+    encoder = [(name, weight) for name, weight in network.named_parameters() if name.startswith(ENCODER)]
+    if not encoder:
+        raise ModelError(
+            'This network has no encoder that could be kept as it is: set "frozen" to "nothing" in train.json.',
+            reason="frozen",
+        )
+    for name, weight in encoder:
+        weight.requires_grad_(name in anew)
 
 
 def recompute(network: nn.Module) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from medseg.model.plan import Plan
+from medseg.model.stored import Stored
+from medseg.train.settings import TrainSettings
+
 EARLIER = "earlier budgets"
 """The field for the budgets that a training was stopped under, and left for a longer one."""
 
@@ -26,7 +30,7 @@ def differences(before: str, now: str) -> str:
     Budgets that were given up for a longer one are no difference: the same command has them in its past.
     """
     try:
-        old, new = (_flat(json.loads(text)) for text in (before, now))
+        old, new = (_flat(_completed(json.loads(text))) for text in (before, now))
     except ValueError:
         return "" if before == now else "an older version of medseg kept no record of what it came from"
     lines = [
@@ -75,6 +79,19 @@ def lengthened(recipe: str, step: int) -> str:
         f"The training was stopped at step {step} of a budget of {old} and goes on to {new}: from here on the learning "
         "rate follows the longer budget."
     )
+
+
+def _completed(fields: Any) -> Any:
+    """Return a recipe with the fields that medseg had not yet when it was written: by default nothing has changed."""
+    known: dict[str, type[Stored]] = {"plan.json": Plan, "train.json": TrainSettings}
+    if not isinstance(fields, dict):
+        return fields
+    whole = {
+        name: kind.model_validate(fields[name]).model_dump(mode="json")
+        for name, kind in known.items()
+        if name in fields
+    }
+    return fields | whole
 
 
 def _flat(fields: Any, place: str = "") -> dict[str, Any]:

@@ -61,7 +61,8 @@ class TrainSettings(Stored):
     validation patches have not been better: never by default, as the learning rate is small only at the end. `ema` is
     the decay of the running mean of the weights, which is what a model keeps. `foreground` is the share of patches that
     are centered on a labelled voxel. `loss` is one of `train.loss`. With `growth` patches grow in so many phases, each
-    as long as the others, from the smallest that the network can halve to the plan's.
+    as long as the others, from the smallest that the network can halve to the plan's. A training that begins with a
+    model may leave its encoder as it is (`frozen`).
     """
 
     what = "recipe in train.json"
@@ -82,6 +83,7 @@ class TrainSettings(Stored):
     checkpointing: bool = False
     precision: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
     compile: bool = False
+    frozen: Literal["nothing", "encoder"] = "nothing"
     early_stop: float = Field(default=0, ge=0, lt=1)
     growth: int = Field(default=1, ge=1, le=64)
     folds: int = Field(default=5, ge=1, le=2**16)
