@@ -22,6 +22,9 @@ NetworkDepth = Annotated[
 ]
 NetworkSize = Annotated[str | None, typer.Option("--size", help="A preset of the network: S, M or L.")]
 Dropout = Annotated[float | None, typer.Option(help="Share of feature maps that a step omits; kept in train.json.")]
+FreezeEncoder = Annotated[
+    bool, typer.Option("--freeze-encoder", help="With --from: the encoder stays as it is, the decoder learns.")
+]
 Probabilities = Annotated[bool, typer.Option("--probabilities", help="Also write OUT_probability_VALUE of each label.")]
 Uncertainty = Annotated[
     bool, typer.Option("--uncertainty", help="Also write OUT_uncertainty: 0 where the model is sure, up to 1.")

@@ -13,6 +13,7 @@ from medseg.cli_options import (
     AsJson,
     Device,
     Dropout,
+    FreezeEncoder,
     Network,
     NetworkDepth,
     NetworkSize,
@@ -107,9 +108,7 @@ def train(  # noqa: PLR0913, PLR0917 - one option for each decision
     depth: NetworkDepth = None,
     size: NetworkSize = None,
     dropout: Dropout = None,
-    freeze_encoder: Annotated[
-        bool, typer.Option("--freeze-encoder", help="With --from: the encoder stays as it is, the decoder learns.")
-    ] = False,
+    freeze_encoder: FreezeEncoder = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard, too.")] = False,
     device: Device = None,
     as_json: AsJson = False,

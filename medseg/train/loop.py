@@ -247,12 +247,7 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
             begun = None if start is None else weights_to_begin_with(start, fold)
             if start is not None and ranks.is_first:
                 warn_of_seen(start, dataset, fold, settings.folds)
-            if settings.frozen != "nothing" and start is None:
-                raise ModelError(
-                    "An encoder that has learned nothing cannot stay as it is: begin with a model (--from), or set "
-                    '"frozen" to "nothing" in train.json.',
-                    reason="frozen",
-                )
+            _check_frozen(settings, start)
             recipe = recipe_of(plan, _told_by(settings, fold), limit, training, cache, begun)
             _check_trained_so(weights, recipe)
         if not ranks.agreed(weights.is_file()):
@@ -276,6 +271,16 @@ def train_model(  # noqa: PLR0913 - each is a decision of the user's
         ranks.wait()
     # The other folds of the folder have seen the cases that this one is validated on.
     return Model.load(where, device=device, folds=(fold,))
+
+
+def _check_frozen(settings: TrainSettings, start: str | PathLike[str] | None) -> None:
+    """Raise ModelError where an encoder is to stay as it is that has learned nothing."""
+    if settings.frozen != "nothing" and start is None:
+        raise ModelError(
+            "An encoder that has learned nothing cannot stay as it is: begin with a model (--from), or set "
+            '"frozen" to "nothing" in train.json.',
+            reason="frozen",
+        )
 
 
 def _told_by(settings: TrainSettings, fold: Fold) -> TrainSettings:
