@@ -18,7 +18,7 @@ from medseg.model.prune import prune_model
 from medseg.model.segmenter import Model
 from medseg.model.weights import save_weights
 from medseg.networks.build import build_network
-from medseg.networks.kinds import NestedNetwork
+from medseg.networks.kinds import NestedNetwork, Network
 from medseg.volume import Grid, Volume
 
 FLAT = NestedNetwork(
@@ -162,3 +162,11 @@ def test_what_cannot_be_pruned_is_refused(tmp_path):
 def test_numbers_that_do_not_agree_are_refused():
     with pytest.raises(ValueError, match="one entry per resolution"):
         NestedNetwork(features=(3, 4, 5), kernels=FLAT.kernels, strides=FLAT.strides)
+
+
+@pytest.mark.parametrize("kind", [Network, NestedNetwork])
+def test_kernels_without_a_middle_are_refused_before_they_meet_a_patch(kind):
+    numbers = FLAT.model_dump(exclude={"kind", "blocks"}) | ({"heads": 1} if kind is Network else {})
+    kind(**numbers)
+    with pytest.raises(ValueError, match="odd sizes"):
+        kind(**numbers | {"kernels": ((3, 3, 2), *FLAT.kernels[1:])})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from medseg.networks.monai_kinds import MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Size
 
@@ -15,6 +15,16 @@ Width = Annotated[int, Field(ge=1, le=2**16)]
 Edge = Annotated[int, Field(ge=1, le=2**14)]
 Triple = tuple[Edge, Edge, Edge]
 Kernel = tuple[Size, Size, Size]
+
+
+def _odd(kernel: Kernel) -> Kernel:
+    if not all(size % 2 for size in kernel):
+        raise ValueError(f"the kernel of a convolution has odd sizes, so that it has a middle, and it is {kernel}")
+    return kernel
+
+
+OddKernel = Annotated[Kernel, AfterValidator(_odd)]
+"""What keeps the size of an image; another one would end in an error of torch at the first patch."""
 
 
 class Network(BaseModel):
@@ -35,7 +45,7 @@ class Network(BaseModel):
     downsampling: Literal["strided", "pooled"] = "strided"
     upsampling: Literal["transposed", "interpolated"] = "transposed"
     features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
-    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    kernels: tuple[OddKernel, ...] = Field(max_length=MOST_LEVELS)
     strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
     blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
     decoder_blocks: tuple[Size, ...] = Field(default=(), max_length=MOST_LEVELS)
@@ -76,7 +86,7 @@ class NestedNetwork(BaseModel):
 
     kind: Literal["unet_plus_plus"] = "unet_plus_plus"
     features: tuple[Width, ...] = Field(min_length=2, max_length=MOST_LEVELS)
-    kernels: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
+    kernels: tuple[OddKernel, ...] = Field(max_length=MOST_LEVELS)
     strides: tuple[Kernel, ...] = Field(max_length=MOST_LEVELS)
     blocks: Annotated[int, Field(ge=1, le=8)] = 2
 
