@@ -38,7 +38,7 @@ def test_each_network_trains_and_segments_from_the_command_line(run, folder, tmp
     kept = (tmp_path / "model/fold_0.safetensors").read_bytes()
     assert run(*command)[:2] == (0, out)
     assert (tmp_path / "model/fold_0.safetensors").read_bytes() == kept
-    rows = json.loads(run("plan", folder, tmp_path / "model", "--json")[1])
+    rows = json.loads(run("plan", folder, tmp_path / "model", "--json")[1])["decisions"]
     (row,) = [row for row in rows if row["decision"] == "network"]
     assert row["value"].startswith(name)
     assert row["why"].startswith("yours")
