@@ -92,3 +92,60 @@ def test_turns_among_small_matrices_give_what_turns_of_the_whole_matrix_give(sha
         expected = a * expected + (b * square + c * square @ square) @ expected
     found = orthogonal(matrix).double()
     assert (found - (expected.mT if tall else expected)).norm() / expected.norm() < 1e-3
+
+
+class Transformer(nn.Module):
+    """Every kind of weight that a transformer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(5, 8))
+        self.tokens = nn.Embedding(5, 8)
+        self.norm = nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.expand = nn.Linear(8, 16)
+        self.depth_wise = nn.Conv3d(16, 16, 3, groups=16)
+        self.outputs = nn.Linear(16, 3)
+
+
+def changes_after_a_step() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return by name what one step of Muon changes, and one of AdamW, both with a learning rate of 1."""
+    torch.manual_seed(0)
+    network, twin = Transformer(), Transformer()
+    twin.load_state_dict(network.state_dict())
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        a.grad = torch.randn_like(a)
+        b.grad = a.grad.clone()
+    Muon(network, 1.0, 0.0).step()
+    torch.optim.AdamW(twin.parameters(), lr=1.0, weight_decay=0.0).step()
+    muon, adamw = (
+        {name: before[name] - weight.detach() for name, weight in one.named_parameters()} for one in (network, twin)
+    )
+    return muon, adamw
+
+
+def test_of_a_transformer_the_linear_layers_are_matrices_and_the_rest_steps_as_in_adamw():
+    muon, adamw = changes_after_a_step()
+    alike = {name for name in muon if torch.allclose(muon[name], adamw[name], rtol=1e-4, atol=1e-5)}
+    assert set(muon) - alike == {"qkv.weight", "expand.weight"}
+
+
+def test_query_key_and_value_of_one_layer_are_three_matrices():
+    """As one matrix, the value, whose gradient is much the largest, would take the whole step."""
+    torch.manual_seed(0)
+    network = Transformer()
+    before = network.qkv.weight.detach().clone()
+    network.qkv.weight.grad = torch.randn(24, 8) * torch.tensor([1e-3, 1e-2, 10.0]).repeat_interleave(8)[:, None]
+    Muon(network, 1.0, 0.0).step()
+    for part in (before - network.qkv.weight.detach()).split(8):
+        values = torch.linalg.svdvals(part) / (0.2 * 8**0.5)
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
+
+
+def test_steps_of_a_unet_are_those_of_all_its_convolutions():
+    network = Small()
+    hidden, rest = Muon(network, 0.01, 0.0).param_groups
+    assert [id(weight) for weight in hidden["params"]] == [id(network.conv.weight)]
+    assert len(rest["params"]) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,22 @@ AS_ADAM = 0.2
 
 
 class Muon(Optimizer):
-    """Optimizer that makes the momentum of each convolution orthogonal before it is a step; the rest steps as in AdamW.
+    """Optimizer that makes the momentum of each matrix orthogonal before it is a step; the rest steps as in AdamW.
 
-    A convolution is a matrix of (outputs, inputs x kernel); norms, biases and the last layers are the rest.
+    The weight of a linear layer is a matrix, and that of a convolution is one of (outputs, inputs x kernel). A linear
+    layer that gives query, key and value together (by its name, "qkv") is three. Norms, biases, tables of positions,
+    depth-wise convolutions, which mix no channels, and the last layers are the rest.
     Sources: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et al., "Muon is
     scalable for LLM training", 2025 (size of the steps); Loshchilov and Hutter, ICLR 2019 (AdamW).
     """
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float):
         named = list(network.named_parameters())
-        hidden = [weight for name, weight in named if weight.ndim == 5 and not name.startswith("outputs")]
-        chosen = {id(weight) for weight in hidden}
-        groups = [
-            {"params": hidden, "hidden": True},
-            {"params": [weight for _, weight in named if id(weight) not in chosen], "hidden": False},
-        ]
+        parts = _parts(network)
+        single, fused, rest = ([weight for _, weight in named if parts.get(id(weight), 0) == n] for n in (1, 3, 0))
+        groups: list[dict[str, Any]] = [{"params": single, "hidden": True}, {"params": rest, "hidden": False}]
+        if fused:
+            groups.append({"params": fused, "hidden": True, "parts": 3})
         super().__init__(groups, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": MOMENTUM})
 
     @torch.no_grad()
@@ -42,13 +44,14 @@ class Muon(Optimizer):
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
                 continue
-            change = self._hidden_changes(weights, group["momentum"]) if group["hidden"] else self._others(weights)
+            change = self._hidden_changes(weights, group) if group["hidden"] else self._others(weights)
             rate = group["lr"]  # a number, or on a GPU a tensor of it
             torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
             torch._foreach_mul_(change, -rate)
             torch._foreach_add_(weights, change)
 
-    def _hidden_changes(self, weights: Sequence[Tensor], share: float) -> list[Tensor]:
+    def _hidden_changes(self, weights: Sequence[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        share, parts = group["momentum"], group.get("parts", 1)
         gradients = _gradients(weights)
         momenta = self._kept(weights, "momentum")
         torch._foreach_lerp_(momenta, gradients, 1 - share)
@@ -58,10 +61,10 @@ class Muon(Optimizer):
         for place, weight in enumerate(weights):
             alike.setdefault(tuple(weight.shape), []).append(place)
         for shape, places in alike.items():
-            matrices = torch.stack([ahead[place].flatten(1) for place in places])
+            matrices = torch.cat([ahead[place].reshape(parts, shape[0] // parts, -1) for place in places])
             rows, columns = matrices.shape[1:]
             size: float = AS_ADAM * max(rows, columns) ** 0.5 * max(1.0, rows / columns) ** 0.5
-            for place, change in zip(places, orthogonal(matrices) * size, strict=True):
+            for place, change in zip(places, torch.split(orthogonal(matrices) * size, parts), strict=True):
                 ahead[place] = change.view(shape)
         return ahead
 
@@ -85,6 +88,16 @@ class Muon(Optimizer):
                 like = torch.zeros((), device=weight.device) if name == "step" else torch.zeros_like(weight)
                 self.state[weight][name] = like
         return [self.state[weight][name] for weight in weights]
+
+
+def _parts(network: nn.Module) -> dict[int, int]:
+    """Return of how many matrices the weights of hidden layers are, by the identity of each that is any."""
+    layers = (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)
+    return {
+        id(module.weight): 3 if name.rpartition(".")[2] == "qkv" else 1
+        for name, module in network.named_modules()
+        if isinstance(module, layers) and getattr(module, "groups", 1) == 1 and not name.startswith("outputs")
+    }
 
 
 def _bias(beta: float, steps: list[Tensor]) -> list[Tensor]:
