@@ -11,13 +11,15 @@ from torch import nn
 from medseg.networks import monai_nets
 from medseg.networks.kinds import AnyNetwork
 from medseg.networks.layers import initialize
+from medseg.networks.segformer import SegFormer
+from medseg.networks.transunet import TransUNet
 from medseg.networks.unet import UNet
 from medseg.networks.unet_plus_plus import UNetPlusPlus
 
 Builder = Callable[[Any, int, int], nn.Module]
 """From the numbers of a kind, and the numbers of channels that go in and out, to a network."""
 
-OWN: dict[str, Builder] = {"unet": UNet, "unet_plus_plus": UNetPlusPlus}
+OWN: dict[str, Builder] = {"unet": UNet, "unet_plus_plus": UNetPlusPlus, "transunet": TransUNet, "segformer": SegFormer}
 """The networks of medseg by their kind; those of MONAI have kinds that begin with monai_."""
 
 

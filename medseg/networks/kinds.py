@@ -6,15 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from medseg.networks.monai_kinds import MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Size
+from medseg.networks.monai_kinds import Depth, MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Size
 
 MOST_LEVELS = 16
 """Resolutions of a network: a patch that is halved so often would have 32,768 voxels along an edge."""
+
+MOST_STAGES, MOST_DIVISOR = 6, 512
+"""Of a SegFormer: what it divides an edge by is a kernel of its first stage, whose weights grow with the cube."""
 
 Width = Annotated[int, Field(ge=1, le=2**16)]
 Edge = Annotated[int, Field(ge=1, le=2**14)]
 Triple = tuple[Edge, Edge, Edge]
 Kernel = tuple[Size, Size, Size]
+Ratio = Annotated[int, Field(ge=1, le=16)]
 
 
 def _odd(kernel: Kernel) -> Kernel:
@@ -108,6 +112,72 @@ class NestedNetwork(BaseModel):
         return NestedNetwork(**kept, blocks=self.blocks)
 
 
+class TransUNetNumbers(BaseModel):
+    """A U-Net with `layers` transformer blocks in its bottleneck, of some `attention_heads`.
+
+    The layer in the middle of each MLP is `mlp_ratio` times as wide as the bottleneck.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["transunet"] = "transunet"
+    unet: Network
+    layers: Depth
+    attention_heads: Size
+    mlp_ratio: Ratio = 4
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> TransUNetNumbers:
+        if self.unet.features[-1] % self.attention_heads:
+            raise ValueError("attention_heads must divide the features of the bottleneck")
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge is divided."""
+        return self.unet.divisor
+
+
+class SegFormerNumbers(BaseModel):
+    """A SegFormer: for each stage, from the finest down, its features, blocks, attention heads, kernel and stride.
+
+    `kernels` are those of the convolutions within MLPs, `strides` those of the patch embeddings; the first divides the
+    image itself. The head is `decoder_features` wide.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["segformer"] = "segformer"
+    features: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(min_length=1, max_length=MOST_STAGES)
+    layers: tuple[Depth, ...] = Field(max_length=MOST_STAGES)
+    attention_heads: tuple[Size, ...] = Field(max_length=MOST_STAGES)
+    kernels: tuple[Kernel, ...] = Field(max_length=MOST_STAGES)
+    strides: tuple[Kernel, ...] = Field(max_length=MOST_STAGES)
+    mlp_ratio: Ratio = 4
+    decoder_features: Annotated[int, Field(ge=1, le=4096)]
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> SegFormerNumbers:
+        counts = {len(self.layers), len(self.attention_heads), len(self.kernels), len(self.strides)}
+        if counts != {len(self.features)}:
+            raise ValueError("features, layers, attention_heads, kernels and strides need one entry per stage")
+        if any(width % heads for width, heads in zip(self.features, self.attention_heads, strict=True)):
+            raise ValueError("attention_heads must divide the features of their stage")
+        if any(edge % 2 == 0 for kernel in self.kernels for edge in kernel) or max(self.divisor) > MOST_DIVISOR:
+            raise ValueError(f"kernels are odd, and strides divide an edge by at most {MOST_DIVISOR} in all")
+        return self
+
+    @property
+    def reductions(self) -> tuple[Triple, ...]:
+        """How many voxels of each stage share a key: as many as make one of the coarsest stage."""
+        return tuple(_product(self.strides[level + 1 :]) for level in range(len(self.strides)))
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge is divided: the product of the strides along it."""
+        return _product(self.strides)
+
+
 def _product(strides: tuple[Triple, ...]) -> Triple:
     product = [1, 1, 1]
     for stride in strides:
@@ -116,6 +186,14 @@ def _product(strides: tuple[Triple, ...]) -> Triple:
 
 
 AnyNetwork = Annotated[
-    Network | NestedNetwork | MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR, Field(discriminator="kind")
+    Network
+    | NestedNetwork
+    | TransUNetNumbers
+    | SegFormerNumbers
+    | MonaiUNet
+    | MonaiSegResNet
+    | MonaiDynUNet
+    | MonaiSwinUNETR,
+    Field(discriminator="kind"),
 ]
 """Whatever a plan can name, told apart by `kind`."""

@@ -198,11 +198,24 @@ def upsampling(inputs: int, outputs: int, stride: Triple, *, interpolated: bool 
     return Upsampling(inputs, outputs, stride, stride)
 
 
+class ZeroLinear(nn.Linear):
+    """The last layer of a residual branch, which is 0 at first, so that its block begins as its skip alone."""
+
+
 def initialize(module: nn.Module) -> None:
-    """Draw weights as He et al. (ICCV 2015) do for leaky ReLUs; a residual block begins as its skip alone."""
+    """Draw weights as He et al. (ICCV 2015) do for leaky ReLUs, and those of transformers as Dosovitskiy et al. (2021).
+
+    A residual block begins as its skip alone.
+    """
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, a=SLOPE)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, Residual):
         nn.init.zeros_(module.conv2.norm.weight)
+    elif isinstance(module, ZeroLinear):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

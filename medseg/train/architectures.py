@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from medseg.errors import UsageError
-from medseg.networks.kinds import AnyNetwork, NestedNetwork, Network, Triple
+from medseg.networks.kinds import AnyNetwork, NestedNetwork, Network, SegFormerNumbers, TransUNetNumbers, Triple
 
 SMALLEST_MAP = 4
 """Voxels that the coarsest feature map keeps along each axis."""
@@ -17,6 +18,12 @@ MOST_FEATURES, MOST_WIDTH = 256, 1024
 
 RESIDUAL_BLOCKS = (1, 3, 4, 6)
 """Of the encoder at each resolution; those below have as many as the last. Isensee et al., "nnU-Net revisited"."""
+
+TRANSFORMER_BLOCKS, STAGE_BLOCKS = 4, 2
+"""Of a TransUNet in all, and of each stage of a SegFormer."""
+
+MOST_EMBEDDED, HEAD = 512, 32
+"""Features of the coarsest stages of a SegFormer, and of each attention head."""
 
 Numbers = tuple[float, float, float]
 
@@ -100,6 +107,38 @@ def unet_plus_plus(frame: Frame) -> NestedNetwork:
     return NestedNetwork(features=plain.features, kernels=plain.kernels, strides=plain.strides)
 
 
+def transunet(frame: Frame) -> TransUNetNumbers:
+    """Return a plain U-Net with TRANSFORMER_BLOCKS in its bottleneck."""
+    plain = unet(frame)
+    return TransUNetNumbers(unet=plain, layers=TRANSFORMER_BLOCKS, attention_heads=attention_heads(plain.features[-1]))
+
+
+def segformer(frame: Frame) -> SegFormerNumbers:
+    """Return a SegFormer whose stages are the last four resolutions of a U-Net, but never the finest.
+
+    On patches of 128 x 128 x 128 voxels its stages divide them by 4, 8, 16 and 32, as in the paper; smaller ones begin
+    at a half. The first embedding does what the resolutions before it would have done.
+    """
+    kernels, strides = topology(frame.widest, frame.spacing_mm, frame.depth)
+    stages = min(4, len(strides) - 1)
+    first = _triple([math.prod(along) for along in zip(*strides[:-stages][1:], strides[-stages], strict=True)])
+    width = 2 * frame.scaled_width
+    features = tuple(min(width * 2**level, max(MOST_EMBEDDED, width)) for level in range(stages))
+    return SegFormerNumbers(
+        features=features,
+        layers=(STAGE_BLOCKS,) * stages,
+        attention_heads=tuple(map(attention_heads, features)),
+        kernels=kernels[-stages:],
+        strides=(first, *strides[len(strides) - stages + 1 :]),
+        decoder_features=2 * width,
+    )
+
+
+def attention_heads(width: int) -> int:
+    """Return into how many heads so many features are shared out: of 32 each, or of a few more where 32 do not fit."""
+    return next(heads for heads in range(max(1, min(64, width // HEAD)), 0, -1) if width % heads == 0)
+
+
 ANY = "patch, spacing, channels, classes, device; any size"
 
 NETWORKS: dict[str, Architecture] = {
@@ -108,6 +147,12 @@ NETWORKS: dict[str, Architecture] = {
     "attention_unet": Architecture("U-Net with attention gates on its skips (Oktay 2018)", ANY, attention_unet),
     "unet_plus_plus": Architecture(
         "U-Net++: nested dense skips (Zhou 2018, 2020)", f"{ANY}; can be pruned", unet_plus_plus
+    ),
+    "transunet": Architecture(
+        "U-Net whose coarsest features attend to each other (Chen 2021; 3D: Chen 2024)", ANY, transunet
+    ),
+    "segformer": Architecture(
+        "transformer of several resolutions with a small head (Xie 2021; 3D: Perera 2024)", ANY, segformer
     ),
 }
 
@@ -140,6 +185,17 @@ def name_of(network: AnyNetwork) -> str:
 
 def described(network: AnyNetwork) -> str:
     """Return the numbers of a network in a few words."""
+    if isinstance(network, TransUNetNumbers):
+        heads = f"of {network.attention_heads} attention heads"
+        plain = described(network.unet).removeprefix("unet: ")
+        return f"transunet: {plain}, {network.layers} transformer blocks {heads} in the bottleneck"
+    if isinstance(network, SegFormerNumbers):
+        rows = (network.features, network.layers, network.attention_heads)
+        features, layers, heads = (" x ".join(map(str, row)) for row in rows)
+        strides = ", ".join("x".join(map(str, stride)) for stride in network.strides)
+        return (
+            f"segformer: features {features}, transformer blocks {layers}, attention heads {heads}, strides {strides}"
+        )
     if not isinstance(network, Network | NestedNetwork):
         return network.kind
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in network.kernels)
