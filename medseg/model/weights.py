@@ -144,8 +144,14 @@ def _for_channels(kernels: Tensor, before: Plan, plan: Plan) -> Tensor:
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a network, on the CPU."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    """Return the weights of a network, on the CPU; those that it has under two names are there twice, for the files."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in network.state_dict().items():
+        kept = tensor.detach().cpu().contiguous()
+        state[name] = kept.clone() if kept.data_ptr() in seen else kept
+        seen.add(kept.data_ptr())
+    return state
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, path: Path | None = None) -> None:

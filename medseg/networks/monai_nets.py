@@ -56,8 +56,10 @@ def _of_any_size(built: nn.Module, network: MonaiNetwork) -> nn.Module:
     """Let a network take images whose edges it cannot halve as often as it wants to: with zeros behind them."""
     inner = type(built).forward
 
-    def forward(self: nn.Module, image: Tensor) -> Tensor:
+    def forward(self: nn.Module, image: Tensor) -> Tensor | list[Tensor]:
         logits: Tensor = inner(self, padded(image, network.divisor))
+        if logits.ndim > image.ndim:  # DynUNet in training: heads of all resolutions, brought to the finest
+            return [cropped(head, image.shape[2:]) for head in logits.unbind(1)]
         return cropped(logits, image.shape[2:])
 
     built.forward = MethodType(forward, built)

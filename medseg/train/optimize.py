@@ -125,12 +125,14 @@ def _changed(state: TrainState, settings: TrainSettings, ranks: Ranks, batch: Ba
 
 
 def _follow(state: TrainState, settings: TrainSettings) -> None:
-    """Let the running mean of the weights follow them by a step."""
+    """Let the running mean of the weights follow them by a step; running statistics of images are means already."""
     decay = min(settings.ema, (1 + state.step) / (10 + state.step))
     means: list[Tensor] = list(state.average.parameters())
     weights: list[Tensor] = list(state.network.parameters())
     with torch.no_grad():
         torch._foreach_lerp_(means, weights, 1 - decay)
+        for kept, seen in zip(state.average.buffers(), state.network.buffers(), strict=True):
+            kept.copy_(seen)
 
 
 def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> Tensor:
