@@ -105,9 +105,9 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(balls, plan, 
 def test_an_interrupt_after_the_last_step_is_one(balls, plan, tmp_path, monkeypatch):
     real = Watch.note
 
-    def note(*given, look=False):
-        real(*given, look=look)
-        if look:
+    def note(*given, look=False, last=False):
+        real(*given, look=look, last=last)
+        if last:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Watch, "note", note)
