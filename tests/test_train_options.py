@@ -224,6 +224,7 @@ OTHERWISE = {
     "precision": ["float32", "tf32", "float16", "bfloat16"],
     "compile": [True],
     "early_stop": [0.5],
+    "frozen": ["encoder"],
     "growth": [2],
     "folds": [2],
     "seed": [0],
