@@ -172,10 +172,11 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, pipeline):
 def test_a_batch_that_is_told_to_stop_rolls_back_what_is_under_way(tmp_path, pipeline, how, in_background):
     """In the background of a script SIGINT is ignored, and SIGTERM must be heard all the same."""
     studies, out = tmp_path / "studies", tmp_path / "out"
-    for number in range(16):  # far more than end before the signal comes
+    for number in range(4):
         write_study(studies, number)
     process = subprocess.Popen(
-        ["env", f"--{'ignore' if in_background else 'default'}-signal=INT", *batch_command(pipeline, studies, out)],
+        ["env", "--default-signal=HUP", f"--{'ignore' if in_background else 'default'}-signal=INT"]  # under nohup, too
+        + batch_command(pipeline, studies, out),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
