@@ -175,8 +175,12 @@ def test_a_batch_that_is_told_to_stop_rolls_back_what_is_under_way(tmp_path, pip
     for number in range(4):
         write_study(studies, number)
     process = subprocess.Popen(
-        ["env", "--default-signal=HUP", f"--{'ignore' if in_background else 'default'}-signal=INT"]  # under nohup, too
-        + batch_command(pipeline, studies, out),
+        [
+            "env",
+            "--default-signal=HUP",  # under nohup, too
+            f"--{'ignore' if in_background else 'default'}-signal=INT",
+            *batch_command(pipeline, studies, out),
+        ],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
