@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from medseg.networks.monai_kinds import Depth, MonaiDynUNet, MonaiSegResNet, MonaiSwinUNETR, MonaiUNet, Size
+from medseg.networks.monai_kinds import Depth, MonaiNetwork, Size
 
 MOST_LEVELS = 16
 """Resolutions of a network: a patch that is halved so often would have 32,768 voxels along an edge."""
@@ -186,14 +186,6 @@ def _product(strides: tuple[Triple, ...]) -> Triple:
 
 
 AnyNetwork = Annotated[
-    Network
-    | NestedNetwork
-    | TransUNetNumbers
-    | SegFormerNumbers
-    | MonaiUNet
-    | MonaiSegResNet
-    | MonaiDynUNet
-    | MonaiSwinUNETR,
-    Field(discriminator="kind"),
+    Network | NestedNetwork | TransUNetNumbers | SegFormerNumbers | MonaiNetwork, Field(discriminator="kind")
 ]
 """Whatever a plan can name, told apart by `kind`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,14 @@ def cropped_heads(heads: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
         cropped(head, [-(-edge * own // full) for edge, own, full in zip(size, head.shape[2:], finest, strict=True)])
         for head in heads
     ]
+
+
+def is_head(network: nn.Module, name: str) -> bool:
+    """Return whether a weight or a module of this name is, or lies in, one of the last layers of a network.
+
+    A network says in `last_layers` what these names begin with, as a regular expression; by default it is "outputs".
+    """
+    return re.match(getattr(network, "last_layers", r"outputs\."), f"{name}.") is not None
 
 
 class Convolution(nn.Module):

@@ -5,9 +5,9 @@ The fields are those of MONAI's own networks (`monai.networks.nets`), without th
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Size = Annotated[int, Field(ge=1, le=64)]
@@ -16,6 +16,8 @@ Window = Annotated[int, Field(ge=1, le=10)]
 """A table of each block of SwinUNETR grows with the sixth power of this, and is not among the weights."""
 
 Width = Annotated[int, Field(ge=1, le=4096)]
+Edge = Annotated[int, Field(ge=1, le=2**14)]
+Expansion = Annotated[int, Field(ge=1, le=16)]
 Sizes = Size | tuple[Size, Size, Size]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Layer = Annotated[str, Field(pattern="^[A-Za-z]{1,20}$")]
@@ -123,7 +125,73 @@ class MonaiSwinUNETR(_Kind):
         return 32, 32, 32
 
 
-MonaiNetwork = MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR
+class MonaiUNETR(_Kind):
+    """MONAI's UNETR: a vision transformer of twelve blocks that sees images of `img_size`. It needs einops."""
+
+    kind: Literal["monai_unetr"] = "monai_unetr"
+    img_size: tuple[Edge, Edge, Edge]
+    feature_size: Annotated[int, Field(ge=1, le=256)] = 16
+    hidden_size: Annotated[int, Field(ge=1, le=4096)] = 768
+    mlp_dim: Annotated[int, Field(ge=1, le=2**14)] = 3072
+    num_heads: Size = 12
+    proj_type: Literal["conv", "perceptron"] = "conv"
+    norm_name: Named = "instance"
+    conv_block: bool = True
+    res_block: bool = True
+    dropout_rate: Share = 0.0
+    qkv_bias: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _edges(cls, fields: Any) -> Any:
+        """Read one edge for all three, as MONAI does."""
+        one = fields.get("img_size") if isinstance(fields, dict) else None
+        return {**fields, "img_size": (one,) * 3} if isinstance(one, int) else fields
+
+    @model_validator(mode="after")
+    def _divides(self) -> MonaiUNETR:
+        if any(edge % 16 for edge in self.img_size) or self.hidden_size % self.num_heads:
+            raise ValueError("each edge of img_size must be a multiple of 16, and hidden_size one of num_heads")
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """The size of image that it takes: smaller patches get zeros behind."""
+        return self.img_size
+
+
+class MonaiMedNeXt(_Kind):
+    """MONAI's MedNeXt: blocks and expansion of each resolution, which halves with each; odd kernels."""
+
+    kind: Literal["monai_mednext"] = "monai_mednext"
+    init_filters: Annotated[int, Field(ge=1, le=1024)] = 32
+    encoder_expansion_ratio: Expansion | tuple[Expansion, ...] = 2
+    decoder_expansion_ratio: Expansion | tuple[Expansion, ...] = 2
+    bottleneck_expansion_ratio: Expansion = 2
+    kernel_size: Literal[1, 3, 5, 7, 9] = 7
+    deep_supervision: bool = False
+    use_residual_connection: bool = False
+    blocks_down: tuple[Depth, ...] = Field(default=(2, 2, 2, 2), min_length=1, max_length=7)
+    blocks_bottleneck: Depth = 2
+    blocks_up: tuple[Depth, ...] = Field(default=(2, 2, 2, 2), min_length=1, max_length=7)
+    norm_type: Literal["group"] = "group"
+    global_resp_norm: bool = False
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> MonaiMedNeXt:
+        ratios = (self.encoder_expansion_ratio, self.decoder_expansion_ratio)
+        counts = {len(ratio) for ratio in ratios if isinstance(ratio, tuple)}
+        if {len(self.blocks_down), len(self.blocks_up)} | counts != {len(self.blocks_down)}:
+            raise ValueError("blocks_down, blocks_up and expansion ratios need one entry per resolution")
+        return self
+
+    @property
+    def divisor(self) -> Triple:
+        """By what each edge is divided; a network adds zeros behind a patch that cannot be."""
+        return (2 ** len(self.blocks_down),) * 3
+
+
+MonaiNetwork = MonaiUNet | MonaiSegResNet | MonaiDynUNet | MonaiSwinUNETR | MonaiUNETR | MonaiMedNeXt
 
 
 def _product(strides: tuple[Sizes, ...]) -> Triple:

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict, Unpack
 
 from medseg.errors import UsageError
 from medseg.networks.kinds import AnyNetwork, NestedNetwork, Network, SegFormerNumbers, TransUNetNumbers, Triple
+from medseg.networks.monai_kinds import MonaiMedNeXt, MonaiSegResNet, MonaiSwinUNETR, MonaiUNETR
 
 SMALLEST_MAP = 4
 """Voxels that the coarsest feature map keeps along each axis."""
@@ -24,6 +25,15 @@ TRANSFORMER_BLOCKS, STAGE_BLOCKS = 4, 2
 
 MOST_EMBEDDED, HEAD = 512, 32
 """Features of the coarsest stages of a SegFormer, and of each attention head."""
+
+SEGRESNET_BLOCKS = (1, 2, 2, 4)
+"""Of the encoder at each resolution; those below have as many as the last. Myronenko, BrainLes 2018."""
+
+MOST_HALVINGS = 6
+"""Of networks that halve all axes alike: what their kinds allow, with patches of 256 voxels along each edge."""
+
+KEPT = 0.75
+"""Of an edge, at least, by a patch that its network can divide; else the network adds zeros behind."""
 
 Numbers = tuple[float, float, float]
 
@@ -139,7 +149,84 @@ def attention_heads(width: int) -> int:
     return next(heads for heads in range(max(1, min(64, width // HEAD)), 0, -1) if width % heads == 0)
 
 
+def segresnet(frame: Frame) -> MonaiSegResNet:
+    """Return a SegResNet with its authors' residual blocks, groups of channels as far as eight divide the width."""
+    levels, width = halvings(frame) + 1, frame.scaled_width
+    return MonaiSegResNet(
+        init_filters=width,
+        norm=("GROUP", {"num_groups": math.gcd(width, 8)}),
+        blocks_down=(*SEGRESNET_BLOCKS, *(SEGRESNET_BLOCKS[-1],) * levels)[:levels],
+        blocks_up=(1,) * (levels - 1),
+    )
+
+
+def mednext(frame: Frame) -> MonaiMedNeXt:
+    """Return a MedNeXt: kernels of 3 and two blocks at each resolution, each of which has a head.
+
+    Raises UsageError for patches of which one voxel would be left: it cannot be normalized.
+    """
+    if max(frame.widest) <= 2:
+        raise UsageError(f"A MedNeXt needs patches of over 2 voxels along an axis, and these have {frame.widest}.")
+    blocks = (2,) * halvings(frame)
+    return MonaiMedNeXt(
+        init_filters=frame.scaled_width,
+        kernel_size=3,
+        deep_supervision=True,
+        use_residual_connection=True,
+        blocks_down=blocks,
+        blocks_up=blocks,
+    )
+
+
+def swin_unetr(frame: Frame) -> MonaiSwinUNETR:
+    """Return a SwinUNETR, whose features are a multiple of 12; windows of 4 voxels on small patches, else of 8."""
+    _check_no_depth(frame, "SwinUNETR", 5)
+    features = max(12, 12 * round(frame.scaled_width / 12))
+    heads = min(3, features // 12)
+    return MonaiSwinUNETR(
+        feature_size=features,
+        num_heads=(heads, 2 * heads, 4 * heads, 8 * heads),
+        window_size=4 if max(frame.widest) <= 64 else 8,
+        norm_name=("group", {"num_groups": 12}),
+    )
+
+
+def unetr(frame: Frame) -> MonaiUNETR:
+    """Return a UNETR: twelve transformer blocks with 12 heads, each as wide as the finest features."""
+    _check_no_depth(frame, "UNETR", 5)
+    width = frame.scaled_width
+    edges = [edge // 16 * 16 if edge // 16 * 16 >= KEPT * edge else -(-edge // 16) * 16 for edge in frame.widest]
+    return MonaiUNETR(
+        img_size=_triple(edges), feature_size=width, hidden_size=12 * width, mlp_dim=48 * width, num_heads=12
+    )
+
+
+def _check_no_depth(frame: Frame, name: str, levels: int) -> None:
+    if frame.depth not in (None, levels):
+        raise UsageError(f"A {name} always has {levels} resolutions, and not {frame.depth}.")
+
+
+def halvings(frame: Frame) -> int:
+    """Return how often a network that halves all axes alike halves a patch: at least once, or as `depth` says.
+
+    Empirical: while the map keeps as many voxels as a cube with SMALLEST_MAP along its edges, and one along each axis.
+    Raises UsageError for a depth that the patch does not have.
+    """
+    by_mean = math.prod(frame.widest) ** (1 / 3) / SMALLEST_MAP
+    most = min(MOST_HALVINGS, max(1, math.floor(math.log2(max(1.0, min(by_mean, *frame.widest))) + 1e-9)))
+    return most if frame.depth is None else _checked_depth(frame.depth, most + 1) - 1
+
+
 ANY = "patch, spacing, channels, classes, device; any size"
+ALIKE = "patch, channels, classes, device; any size"
+
+MONAI_NAMES = {
+    "monai_segresnet": "segresnet",
+    "monai_mednext": "mednext",
+    "monai_swinunetr": "swin_unetr",
+    "monai_unetr": "unetr",
+}
+"""Under which names MONAI's networks can be planned, by their kind."""
 
 NETWORKS: dict[str, Architecture] = {
     "unet": Architecture("3D U-Net (Ronneberger 2015, Cicek 2016)", ANY, unet),
@@ -154,6 +241,10 @@ NETWORKS: dict[str, Architecture] = {
     "segformer": Architecture(
         "transformer of several resolutions with a small head (Xie 2021; 3D: Perera 2024)", ANY, segformer
     ),
+    "segresnet": Architecture("SegResNet of MONAI (Myronenko 2018)", ALIKE, segresnet),
+    "mednext": Architecture("MedNeXt of MONAI (Roy 2023)", ALIKE, mednext),
+    "swin_unetr": Architecture("SwinUNETR of MONAI (Hatamizadeh 2022)", ALIKE, swin_unetr),
+    "unetr": Architecture("UNETR of MONAI (Hatamizadeh 2022)", ALIKE, unetr),
 }
 
 
@@ -180,7 +271,7 @@ def name_of(network: AnyNetwork) -> str:
     """Return under which name a network of a plan can be planned, or else its kind."""
     if isinstance(network, Network):
         return "residual_unet" if network.residual else "attention_unet" if network.attention else "unet"
-    return network.kind
+    return MONAI_NAMES.get(network.kind, network.kind)
 
 
 def described(network: AnyNetwork) -> str:
@@ -197,7 +288,7 @@ def described(network: AnyNetwork) -> str:
             f"segformer: features {features}, transformer blocks {layers}, attention heads {heads}, strides {strides}"
         )
     if not isinstance(network, Network | NestedNetwork):
-        return network.kind
+        return name_of(network)
     kernels = ", ".join("x".join(map(str, kernel)) for kernel in network.kernels)
     features = " x ".join(map(str, network.features))
     return f"{name_of(network)}: {len(network.strides)} resolutions, features {features}, kernels {kernels}"
@@ -208,7 +299,13 @@ def divisible_patch(widest: Triple, divisor: Triple) -> Triple:
 
     Empirical: on crops of 35 x 50 x 35 voxels patches of 32 x 48 x 32 learn in half the time of 40 x 56 x 40.
     """
-    return _triple([max(by, edge // by * by) for edge, by in zip(widest, divisor, strict=True)])
+    return _triple([_divisible_edge(edge, by) for edge, by in zip(widest, divisor, strict=True)])
+
+
+def _divisible_edge(edge: int, by: int) -> int:
+    while by > 1 and edge // by * by < KEPT * edge:
+        by //= 2
+    return edge // by * by
 
 
 def topology(
@@ -234,9 +331,14 @@ def topology(
         strides.append(_triple(stride))
         size = [-(-edge // by) for edge, by in zip(size, stride, strict=True)]
         spacing = [length * by for length, by in zip(spacing, stride, strict=True)]
-    if depth is not None and not 2 <= depth <= len(strides):
-        raise UsageError(f"On patches of this size a network has 2 to {len(strides)} resolutions, and not {depth}.")
-    return tuple(kernels[:depth]), tuple(strides[:depth])
+    levels = len(strides) if depth is None else _checked_depth(depth, len(strides))
+    return tuple(kernels[:levels]), tuple(strides[:levels])
+
+
+def _checked_depth(depth: int, most: int) -> int:
+    if not 2 <= depth <= most:
+        raise UsageError(f"On patches of this size a network has 2 to {most} resolutions, and not {depth}.")
+    return depth
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from medseg.networks.layers import is_head
+
 MOMENTUM, BETAS, EPSILON = 0.95, (0.9, 0.999), 1e-8
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -96,7 +98,7 @@ def _parts(network: nn.Module) -> dict[int, int]:
     return {
         id(module.weight): 3 if name.rpartition(".")[2] == "qkv" else 1
         for name, module in network.named_modules()
-        if isinstance(module, layers) and getattr(module, "groups", 1) == 1 and not name.startswith("outputs")
+        if isinstance(module, layers) and getattr(module, "groups", 1) == 1 and not is_head(network, name)
     }
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medseg.errors import ModelError
 from medseg.model.runtime import tf32
+from medseg.networks.layers import is_head
 from medseg.train.settings import TrainSettings
 
 ENCODER = ("stem.", "encoder.")
@@ -42,7 +43,7 @@ def add_dropout(network: nn.Module, share: float) -> None:
     many, single numbers. The outputs stay whole, and so does what has one feature alone: a gate, for example.
     """
     for name, module in network.named_modules():
-        if name.split(".")[0] == "outputs":
+        if is_head(network, name):
             continue
         if isinstance(module, nn.Conv3d) and module.out_channels > 1:
             module.register_forward_hook(partial(_dropped, functional.dropout3d, share))
