@@ -186,3 +186,9 @@ def test_a_depth_that_the_patch_does_not_have_is_refused():
     assert len(plan_of("unet", depth=2).network.strides) == 2
     with pytest.raises(UsageError, match="2 to 3 resolutions, and not 9"):
         plan_of("unet", depth=9)
+
+
+@pytest.mark.parametrize("name", ["swin_unetr", "unetr"])
+def test_a_width_that_a_network_cannot_have_is_refused(name):
+    with pytest.raises(UsageError, match="cannot be so large"):
+        plan_of(name, width=1024)

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
+from pydantic import ValidationError
+
 from medseg.errors import UsageError
 from medseg.networks.kinds import AnyNetwork, NestedNetwork, Network, SegFormerNumbers, TransUNetNumbers, Triple
 from medseg.networks.monai_kinds import MonaiMedNeXt, MonaiSegResNet, MonaiSwinUNETR, MonaiUNETR
+from medseg.problems import first_problem
 
 SMALLEST_MAP = 4
 """Voxels that the coarsest feature map keeps along each axis."""
@@ -264,7 +267,10 @@ def numbers_for(widest: Triple, spacing_mm: Numbers, features: int, **options: U
     if width is not None and not 1 <= width <= MOST_WIDTH:
         raise UsageError(f"The width of a network is 1 to {MOST_WIDTH} features at the finest resolution, not {width}.")
     frame = Frame(widest, spacing_mm, width or features, depth, options.get("size", "M"), width is not None)
-    return architecture(options.get("network", "unet")).numbers(frame)
+    try:
+        return architecture(options.get("network", "unet")).numbers(frame)
+    except ValidationError as error:
+        raise UsageError(f"This network cannot be so large: {first_problem(error)}.", reason="network") from error
 
 
 def name_of(network: AnyNetwork) -> str:
