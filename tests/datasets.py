@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import rotation
 from scipy.ndimage import binary_erosion
 
 from medseg.io import load, save
 from medseg.model.plan import Plan
+from medseg.model.segmenter import Model
+from medseg.model.weights import state_of
 from medseg.train.dataset import Dataset
 from medseg.train.fingerprint import fingerprint
+from medseg.train.loop import train_model
 from medseg.train.planner import make_plan
+from medseg.train.run import TrainProgress
 from medseg.volume import Grid, Volume
 
 torch.set_num_threads(1)
@@ -59,6 +65,21 @@ def small_plan(dataset: Dataset, features: int = 6) -> Plan:
     plan = make_plan(fingerprint(dataset))
     network = plan.unet.model_copy(update={"features": (features,) * len(plan.unet.features)})
     return plan.model_copy(update={"network": network})
+
+
+def assert_goes_on_as_if_not_stopped(dataset: Dataset, plan: Plan, folder: Path, step: int, **recipe: Any) -> None:
+    """Train once with a stop after a step and once straight through, and compare the weights bit for bit."""
+
+    def stop(now: TrainProgress) -> None:
+        if now.stage == "train" and now.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_model(dataset, plan, folder / "stopped", **recipe, progress=stop)
+    train_model(dataset, plan, folder / "stopped", **recipe)
+    train_model(dataset, plan, folder / "straight", **recipe)
+    stopped, straight = (state_of(Model.load(folder / name).networks[0]) for name in ("stopped", "straight"))
+    assert all(torch.equal(tensor, straight[name]) for name, tensor in stopped.items())
 
 
 def ball_case(case: int, shape: tuple[int, int, int]) -> tuple[Volume, Volume]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import small_plan
+from datasets import assert_goes_on_as_if_not_stopped, small_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg import Model
-from medseg.model.weights import state_of
 from medseg.train import feed, optimize
 from medseg.train.cache import prepare_cases
 from medseg.train.feed import batches
 from medseg.train.growth import growing_patches, patch_of
-from medseg.train.loop import train_model
 from medseg.train.sampler import Sampler
 from medseg.train.settings import Budget, TrainSettings
 
@@ -97,14 +94,4 @@ def test_a_batch_is_of_the_patch_that_its_step_is_asked_for(prepared, plan):
 
 
 def test_a_training_that_was_stopped_while_patches_grew_goes_on_as_if_it_had_not_been(balls, plan, tmp_path):
-    def stop_at_4(now):
-        if now.stage == "train" and now.step == 4:
-            raise KeyboardInterrupt
-
-    options = {"budget": "9steps", "settings": GROWING}
-    with pytest.raises(KeyboardInterrupt):
-        train_model(balls, plan, tmp_path / "stopped", **options, progress=stop_at_4)
-    train_model(balls, plan, tmp_path / "stopped", **options)
-    train_model(balls, plan, tmp_path / "straight", **options)
-    stopped, straight = (state_of(Model.load(tmp_path / name).networks[0]) for name in ("stopped", "straight"))
-    assert all(torch.equal(tensor, straight[name]) for name, tensor in stopped.items())
+    assert_goes_on_as_if_not_stopped(balls, plan, tmp_path, 4, budget="9steps", settings=GROWING)

@@ -10,19 +10,16 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from datasets import small_plan
+from datasets import assert_goes_on_as_if_not_stopped, small_plan
 
 from medseg.errors import ModelError
-from medseg.model.segmenter import Model
 from medseg.model.weights import state_of
 from medseg.networks.build import build_network
 from medseg.train.cache import prepare_cases
 from medseg.train.checkpoint import TrainState
-from medseg.train.loop import train_model
 from medseg.train.loss import LossName
 from medseg.train.optimize import new_state, optimize
 from medseg.train.options import add_dropout, precision_of, recompute, scaler_of
-from medseg.train.run import TrainProgress
 from medseg.train.sampler import Sampler
 from medseg.train.schedules import make_optimizer, set_rates, share_of_rate
 from medseg.train.settings import Budget, TrainSettings
@@ -116,17 +113,8 @@ def test_dropout_leaves_out_whole_feature_maps_in_training_alone(plan):
     ids="-".join,
 )
 def test_options_do_not_keep_a_training_from_going_on_as_if_it_had_not_stopped(balls, plan, tmp_path, options):
-    def stop_at_2(now: TrainProgress) -> None:
-        if now.stage == "train" and now.step == 2:
-            raise KeyboardInterrupt
-
-    recipe = {"budget": "4steps", "settings": TrainSettings(**(BASE | options))}
-    with pytest.raises(KeyboardInterrupt):
-        train_model(balls, plan, tmp_path / "stopped", **recipe, progress=stop_at_2)
-    train_model(balls, plan, tmp_path / "stopped", **recipe)
-    train_model(balls, plan, tmp_path / "straight", **recipe)
-    one, other = (state_of(Model.load(tmp_path / name).networks[0]) for name in ("stopped", "straight"))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    settings = TrainSettings(**(BASE | options))
+    assert_goes_on_as_if_not_stopped(balls, plan, tmp_path, 2, budget="4steps", settings=settings)
 
 
 def test_gradient_descent_is_nesterovs(plan):
