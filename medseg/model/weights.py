@@ -18,9 +18,7 @@ from medseg.errors import ModelError
 from medseg.io.files import check_regular, written_whole
 from medseg.model.plan import Plan
 from medseg.networks.build import OWN, build_network
-
-HEADS = "outputs."
-"""What the names of a network's last layers begin with."""
+from medseg.networks.layers import is_head
 
 
 def load_network(plan: Plan, file: Path) -> nn.Module:
@@ -114,9 +112,9 @@ def begin_with(network: nn.Module, plan: Plan, file: Path) -> set[str]:
     before = Plan.load(file.parent / "plan.json")
     given, own = state_of(load_network(before, file)), state_of(network)
     at_image, heads = _differing(before, inputs=1), _differing(before, outputs=1)
-    anew = {name for name in own if name.startswith(HEADS) and name not in given}
+    anew = {name for name in own if is_head(network, name) and name not in given}
     anew |= {name for name in heads & own.keys() if own[name].shape != given[name].shape}
-    given = {name: weight for name, weight in given.items() if name in own or not name.startswith(HEADS)}
+    given = {name: weight for name, weight in given.items() if name in own or not is_head(network, name)}
     given |= {name: own[name] for name in anew}
     if _names(plan) != _names(before):
         given |= {name: _for_channels(given[name], before, plan) for name in at_image}

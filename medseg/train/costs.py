@@ -187,8 +187,7 @@ def step_bytes(plan: Plan, settings: TrainSettings, device: torch.device) -> flo
     tally = _Tally()
     with tally, autocast(settings, cpu):
         logits = forward(_image(smaller).repeat(batch, 1, 1, 1, 1))
-        heads = logits if isinstance(logits, list) else [logits]
-        loss = deep_loss(settings.loss, heads, truth, torch.ones(batch, plan.outputs, dtype=torch.bool))
+        loss = deep_loss(settings.loss, logits, truth, torch.ones(batch, plan.outputs, dtype=torch.bool))
         torch.autograd.backward(loss)
     weights: float = sum(weight.nbytes for weight in network.parameters())
     return weights * (3 + REMEMBERED[settings.optimizer]) + tally.peak * ratio * settings.batch / batch

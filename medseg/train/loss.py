@@ -25,19 +25,20 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ONE_HOT = {"softmax": True, "to_onehot_y": True}
 
 
-def deep_loss(name: LossName, logits: Sequence[Tensor], target: Tensor, known: Tensor | None) -> Tensor:
+def deep_loss(name: LossName, logits: Tensor | Sequence[Tensor], target: Tensor, known: Tensor | None) -> Tensor:
     """Return the mean of a loss over the outputs of a U-Net, each weighing half as much as the finer one.
 
-    `logits` are (B, C, ...), the finest first; coarser ones are repeated to the size of the target. `target`
-    (B, 1, I, J, K) holds class numbers; or it is (B, C, I, J, K), one channel for each of C regions that may overlap, 1
-    inside and 0 outside. It is IGNORED where nobody looked. `known` (B, C) says which outputs were drawn in each image;
-    None stands for all. On a GPU nothing waits for a number.
+    `logits` are (B, C, ...), the finest first, or those of the one output that a network has; coarser ones are repeated
+    to the size of the target. `target` (B, 1, I, J, K) holds class numbers; or it is (B, C, I, J, K), one channel for
+    each of C regions that may overlap, 1 inside and 0 outside. It is IGNORED where nobody looked. `known` (B, C) says
+    which outputs were drawn in each image; None stands for all. On a GPU nothing waits for a number.
     Raises KeyError for a loss that regions do not have.
     Source: Isensee et al., "nnU-Net", Nature Methods 2021; Lee et al., "Deeply-Supervised Nets", 2015.
     """
-    weights = [0.5**place for place in range(len(logits))]
-    outputs = [functional.interpolate(output.float(), target.shape[2:]) for output in logits]
-    loss = (REGION_LOSSES if target.shape[1] == logits[0].shape[1] else LOSSES)[name]
+    heads = [logits] if isinstance(logits, Tensor) else logits
+    weights = [0.5**place for place in range(len(heads))]
+    outputs = [functional.interpolate(output.float(), target.shape[2:]) for output in heads]
+    loss = (REGION_LOSSES if target.shape[1] == heads[0].shape[1] else LOSSES)[name]
     losses = [weight * loss(output, target, known) for weight, output in zip(weights, outputs, strict=True)]
     return torch.stack(losses).sum() / sum(weights)
 

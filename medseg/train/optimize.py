@@ -141,7 +141,6 @@ def _gradients(state: TrainState, settings: TrainSettings, batch: Batch) -> Tens
     with told_if_not_compiled(settings), computing(settings, batch.images.device):
         with autocast(settings, batch.images.device):
             logits = forward(batch.images)
-        heads = logits if isinstance(logits, list) else [logits]
-        loss = deep_loss(settings.loss, heads, batch.target, batch.known) / settings.accumulate
+        loss = deep_loss(settings.loss, logits, batch.target, batch.known) / settings.accumulate
         torch.autograd.backward(state.scaler.scale(loss) if state.scaler else loss)
     return loss.detach()

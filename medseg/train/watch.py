@@ -107,7 +107,7 @@ class Probe:
             for image, target, known in self._patches:
                 with autocast(self.settings, device):
                     logits = network(image.to(device, memory_format=memory_format(device))).float()
-                losses.append(float(deep_loss(self.settings.loss, [logits], target.to(device), known.to(device))))
+                losses.append(float(deep_loss(self.settings.loss, logits, target.to(device), known.to(device))))
                 found, truth = (part.cpu().numpy() for part in self._maps(logits, target.to(device)))
                 drawn = known[0, -len(self._names) :].numpy()
                 common += drawn * self._counts(np.where(found == truth, found, 0))
